@@ -1,0 +1,1925 @@
+#!/usr/bin/env python3
+"""Serve Anthropic's and OpenAI's HTTP APIs from the local Ollama: one file, standard library only.
+
+Start it
+    python ollama_api.py           serves http://localhost:8000 and asks Ollama on this machine
+    python ollama_api.py --demo    needs no Ollama: a stand-in model repeats what you say
+
+Point a client at it (the key is not looked at, but the SDKs want one)
+    anthropic SDK, Claude Code     base URL http://localhost:8000       key "none"
+    openai SDK                     base URL http://localhost:8000/v1    key "none"
+
+Endpoints
+    POST /v1/messages              Anthropic Messages, streamed on demand
+    POST /v1/chat/completions      OpenAI Chat Completions; curl and requests get a stream unless
+                                   they say "stream": false
+    GET  /v1/models                what Ollama has installed, readable by both SDKs
+    GET  /v1/models/{id}           one of them
+    GET  /health                   200 while Ollama answers, else 503
+    GET  /                         what this is
+
+Contents of this file, from top to bottom
+    Configuration                  every option, default and limit
+    The neutral middle             what dialects share: Ollama's request, the events of a reply
+    Ollama                         the upstream, and how to wait for it
+    Anthropic Messages             a dialect
+    OpenAI Chat Completions        a dialect
+    Models and health              what is installed, and whether it answers
+    Routes                         the product on one screen
+    HTTP server                    bytes in, bytes out
+    Demo                           a stand-in for Ollama
+    Command line                   options, banner, start and end
+
+A request goes down that list as text and comes back up as bytes: the HTTP server reads it, a route
+names its endpoint, the dialect turns it into a chat for Ollama and Ollama's answer into frames.
+To add a dialect: write its section, add its rows to ROUTES. To add an option: a field of Config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import email.utils
+import fnmatch
+import functools
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+                    Optional, Protocol, Sequence, Tuple, Type, TypedDict, TypeVar, Union)
+
+__version__ = "0.1.0"
+
+
+# ---- Configuration -------------------------------------------------------------------------------
+# One frozen object holds every setting. A field made by `option` is a command line option and an
+# environment variable as well (see Command line); the others are limits, changed here only.
+# Nothing is read from the environment at import. Seconds and bytes, unless a name says otherwise.
+
+def option(default: Any, meaning: str, **how: Any) -> Any:
+    """A field of Config that the command line may set. `how` goes to argparse, but for `env`,
+    the name of its environment variable where that is not OLLAMA_API_<OPTION>."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "how": how})
+
+
+@dataclass(frozen=True)
+class Config:
+    host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
+    port: int = option(8000, "port to listen on; 0 takes a free one", type=int, metavar="N")
+    ollama: str = option("127.0.0.1:11434", "where Ollama listens: host, host:port or a URL",
+                         env="OLLAMA_HOST", metavar="URL")
+    model: str = option("phi4:latest", "the model for requests that name none", metavar="NAME")
+    alias: Tuple[str, ...] = option(
+        (), "ask MODEL for names like PATTERN (* and ?) that are not installed; repeatable, "
+        "the first that fits counts", action="append", metavar="PATTERN=MODEL")
+    num_ctx: Optional[int] = option(
+        None, "context window in tokens, the same for every request; absent, Ollama decides",
+        type=int, metavar="N")
+    default_stream: str = option(
+        "auto", "chat completions without a `stream` key: on, off, or auto (a stream for curl and "
+        "requests, one JSON object for SDKs)", choices=("auto", "on", "off"))
+    ping: float = option(15.0, "seconds of silence before a stream gets a keep-alive ping",
+                         type=float, metavar="SECONDS")
+    api_key: Tuple[str, ...] = option(
+        (), "demand this key of every client; repeatable", action="append",
+        env="OLLAMA_API_SERVER_KEY", metavar="KEY")
+    insecure: bool = option(False, "allow an address that others can reach without an --api-key",
+                            action="store_true")
+    demo: bool = option(False, "start a stand-in Ollama that repeats what it is told",
+                        action="store_true")
+
+    ollama_key: str = dataclasses.field(default="", repr=False)   # for an https Ollama only
+    head_bytes: int = 64 * 1024
+    head_fields: int = 100
+    head_seconds: float = 15            # from the first byte of a request to the end of its head
+    body_bytes: int = 64 * 1024 * 1024  # screenshots in base64 are large
+    body_seconds: float = 30            # and one more for each megabyte
+    json_depth: int = 200
+    idle_seconds: float = 60            # between two requests on one connection
+    write_seconds: float = 30           # without progress, after which a client counts as gone
+    linger_seconds: float = 2           # for a refusal to arrive before the connection closes
+    running: int = 256                  # requests at a time
+    backlog: int = 1024                 # with 5, seven of ten bursts of 200 clients failed
+    connect_seconds: float = 5          # to Ollama
+    send_seconds: float = 60            # for Ollama to take a request
+    ask_seconds: float = 10             # for what Ollama answers without a model: tags, ps
+    health_seconds: float = 2
+    line_bytes: int = 32 * 1024 * 1024  # of Ollama's answer
+    grace_seconds: float = 10           # for running requests after SIGTERM
+
+
+# ---- The neutral middle --------------------------------------------------------------------------
+# Lopsided on purpose. A request is Ollama's own /api/chat body, into which each dialect translates
+# directly: there is no third vocabulary. A reply is a stream of small events, the same for clients
+# that stream and clients that do not: any number of Thinking and Text in the model's order, then
+# exactly one Finish; whatever else happens is an APIError. Tool calls will be a third kind of part.
+# Frozen dataclasses rather than NamedTuples, for which Text("a") == Thinking("a").
+
+JSON = Dict[str, Any]
+T = TypeVar("T")
+
+
+class OllamaMessage(TypedDict, total=False):
+    role: str          # system, user or assistant
+    content: str
+    thinking: str      # of an assistant
+
+
+class OllamaChat(TypedDict, total=False):
+    """The body of POST /api/chat, as far as dialects fill it in."""
+    model: str
+    messages: List[OllamaMessage]
+    think: Union[bool, str]
+    options: JSON
+
+
+@dataclass
+class Chat:
+    """What a dialect makes of a request: Ollama's part, and the part that is kept on this side."""
+    body: OllamaChat
+    stream: Optional[bool] = False     # None: the client did not say
+    stop: Sequence[str] = ()           # matched by until_stop, never sent to Ollama
+    include_usage: bool = False
+    ignored: Sequence[str] = ()        # fields without effect, reported in x-ignored-fields
+
+
+@dataclass(frozen=True)
+class Thinking:
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    reason: str                        # Ollama's done_reason (stop, length), or stop_sequence
+    prompt_tokens: int
+    completion_tokens: int
+    stop_sequence: Optional[str] = None
+
+
+Event = Union[Thinking, Text, Finish]
+
+
+@dataclass
+class Request:
+    """One HTTP request of a client. Header names are in lower case."""
+    method: str
+    path: str                          # without the query, still percent-encoded
+    headers: Dict[str, str]
+    version: str = "1.1"
+    body: JSON = dataclasses.field(default_factory=dict)
+    argument: str = ""                 # what stands for {id} in the route's path
+
+
+@dataclass
+class Answer:
+    """What an endpoint gives back: one JSON object, or the frames of a stream."""
+    content: Union[JSON, Iterator[bytes]]
+    status: int = 200
+    pings: Iterator[bytes] = iter(())  # frames for a stream that waits
+    ignored: Sequence[str] = ()
+
+
+class APIError(Exception):
+    """A failure that a client is told of, in the words of its dialect.
+
+    `param` is the path of the field to blame, `code` OpenAI's machine-readable reason. Without
+    `retry_after` (seconds) asking again cannot help, and clients are told not to."""
+
+    def __init__(self, status: int, message: str, param: Optional[str] = None,
+                 code: Optional[str] = None, retry_after: Optional[int] = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code, self.retry_after = code, retry_after
+
+
+class PromptTooLong(APIError):
+    """The prompt does not fit the context window. 0 is a number that Ollama did not tell."""
+
+    def __init__(self, prompt_tokens: int = 0, context: int = 0) -> None:
+        super().__init__(400, f"prompt is too long: {prompt_tokens} tokens > {context} maximum",
+                         code="context_length_exceeded")
+        self.prompt_tokens, self.context = prompt_tokens, context
+
+
+class ClientLeft(Exception):
+    """The client closed its connection: nothing that could still be done is of use to anybody."""
+
+
+dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
+
+KINDS: Dict[type, Tuple[str, Tuple[type, ...]]] = {
+    str: ("a string", (str,)), bool: ("true or false", (bool,)), int: ("an integer", (int,)),
+    float: ("a number", (int, float)), list: ("a list", (list,)), dict: ("an object", (dict,))}
+
+
+def kind_of(value: Any) -> str:
+    return "null" if value is None else KINDS[type(value)][0]
+
+
+def invalid(path: str, problem: str) -> APIError:
+    return APIError(400, f"{path}: {problem}", param=path)
+
+
+def checked(value: Any, path: str, kind: Type[T]) -> T:
+    """`value` if it is of `kind`, else a 400 that names `path`. true is not an integer here."""
+    name, types = KINDS[kind]
+    if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+        raise invalid(path, f"must be {name}, not {kind_of(value)}")
+    return value  # type: ignore[return-value]
+
+
+def optional(owner: JSON, path: str, kind: Type[T]) -> Optional[T]:
+    """The field of `owner` that is last in `path`; null counts as absent."""
+    value = owner.get(path.rpartition(".")[2])
+    return None if value is None else checked(value, path, kind)
+
+
+def required(owner: JSON, path: str, kind: Type[T]) -> T:
+    value = optional(owner, path, kind)
+    if value is None:
+        raise invalid(path, "is required")
+    return value
+
+
+def one_of(owner: JSON, path: str, words: Iterable[str]) -> str:
+    word = required(owner, path, str)
+    if word not in words:
+        raise invalid(path, f"must be one of {', '.join(words)}, not {dumps(word)}")
+    return word
+
+
+def items(values: List[Any], path: str, kind: Type[T]) -> Iterator[Tuple[str, T]]:
+    """Each of `values` with its path, all of one kind."""
+    for index, value in enumerate(values):
+        yield f"{path}.{index}", checked(value, f"{path}.{index}", kind)
+
+
+def blocks_of(owner: JSON, path: str) -> Iterator[Tuple[str, JSON]]:
+    """The content blocks in a field with their paths; a string is one text block."""
+    content = owner.get(path.rpartition(".")[2])
+    if isinstance(content, str):
+        return iter(((path, {"type": "text", "text": content}),))
+    if not isinstance(content, list) and content is not None:
+        raise invalid(path, "must be a string or a list of blocks, not " + kind_of(content))
+    return items(content or [], path, dict)
+
+
+class Option(NamedTuple):
+    """How a field of a request becomes one of Ollama's options."""
+    name: str
+    kind: type
+    at_least: float = float("-inf")
+
+
+def options_of(body: JSON, table: Mapping[str, Option]) -> JSON:
+    """Ollama's options, from those fields of `table` that the client gave; no value is invented."""
+    options: JSON = {}
+    for field, (name, kind, at_least) in table.items():
+        value = optional(body, field, kind)
+        if value is None:
+            continue
+        if value < at_least:
+            raise invalid(field, f"must be at least {at_least:g}")
+        options[name] = value
+    return options
+
+
+def unread(body: JSON, fields: Iterable[str], path: str = "") -> Iterator[str]:
+    """What was given, but is not among the `fields` that are read, for x-ignored-fields.
+
+    A dotted name says which part of an object is read; the others are unread then."""
+    for name, value in body.items():
+        place = path + name
+        if isinstance(value, dict) and any(field.startswith(place + ".") for field in fields):
+            yield from unread(value, fields, place + ".")
+        elif value is not None and place not in fields:
+            yield place if re.fullmatch(r"[\w.-]{1,99}", place, re.ASCII) else "?"
+
+
+def stop_texts(values: List[Any], path: str) -> List[str]:
+    for place, text in items(values, path, str):
+        if not text:
+            raise invalid(place, "must not be empty")
+    return values
+
+
+def system_first(messages: List[OllamaMessage]) -> List[OllamaMessage]:
+    """Join the system texts of the beginning; later ones stay where they are, as user text.
+
+    Hoisting a late one would change the beginning of the prompt, and with it Ollama would lose its
+    KV cache on every turn (Claude Code has sent such messages since 2.1.154)."""
+    first = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    early = [m["content"] for m in messages[:first] if m["role"] == "system"]
+    system: List[OllamaMessage] = [{"role": "system", "content": "\n\n".join(early)}]
+    turns = [m for m in messages[:first] if m["role"] != "system"]
+    for message in messages[first:]:
+        late = message["role"] == "system"
+        turns.append({"role": "user", "content": message["content"]} if late else message)
+    return system[:len(early)] + turns
+
+
+def begun(events: Iterator[Event]) -> Iterator[Event]:
+    """The same events, the first of which is there already.
+
+    Every x_stream calls it before it yields a frame: until then a refusal is a real HTTP status."""
+    return itertools.chain((next(events),), events)
+
+
+def collected(events: Iterator[Event]) -> Tuple[List[Any], Finish]:
+    """All of a reply: its parts, and how it ended."""
+    *parts, finish = events
+    assert isinstance(finish, Finish)
+    return parts, finish
+
+
+def runs_of(events: Iterable[Any]) -> Iterator[Tuple[type, Iterator[Any]]]:
+    """Successive events of one kind, together: what dialects call a content block or an item."""
+    return itertools.groupby(events, type)
+
+
+def until_stop(events: Iterator[Event], stops: Sequence[str],
+               prompt_tokens: int) -> Iterator[Event]:
+    """Cut the text at the stop text that is complete first, and say which it was.
+
+    Sent to Ollama as `stop` they would replace the model's own list, and Ollama never tells which
+    one it met. What may be the beginning of one is held back. Since Ollama's counts come last, the
+    prompt's is the caller's estimate then, and the answer's the number of chunks."""
+    held, chunks = "", 0
+    for event in events:
+        chunks += 1
+        if not isinstance(event, Text):
+            if held:
+                yield Text(held)
+            held = ""
+            yield event
+            continue
+        held += event.text
+        start, stop = first_stop(held, stops)
+        if start:
+            yield Text(held[:start])
+        held = held[start:]
+        if stop is not None:
+            yield Finish("stop_sequence", prompt_tokens, chunks, stop)
+            return
+
+
+def first_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
+    """Where the text ends that may go out, and the stop text that begins there, if it is complete.
+
+    The one that ends first wins, so that the result does not depend on how the text arrives."""
+    found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
+    if found:
+        return min(found)[1:]
+    longest = min(len(text), max(map(len, stops)) - 1)
+    for length in range(longest, 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return len(text) - length, None
+    return len(text), None
+
+
+def sse(data: JSON) -> bytes:
+    """One server-sent event (WHATWG HTML, section 9.2), named after its type where it has one.
+
+    Chunks of chat completions have none, and must not: an `event:` line stops the openai SDK."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return (f"{name}data: {dumps(data)}\n\n").encode()
+
+
+def new_id(prefix: str) -> str:
+    return prefix + os.urandom(12).hex()
+
+
+# ---- Ollama --------------------------------------------------------------------------------------
+# The only section that opens outgoing connections, to one address and nowhere else: no proxies, no
+# redirects. Every chat is streamed from Ollama, also when the client wants one JSON object, so that
+# there is one path on which to fail, to wait and to cancel.
+# Ollama sends not even a status line before the first token exists. So whenever http.client wants
+# more bytes than have arrived, Upstream.readinto below first flushes what the client has coming,
+# and then waits for both sockets at once: for Ollama to send, for the client to leave, for a ping.
+
+class Client(Protocol):
+    """What the upstream needs of the client that it works for."""
+    sock: socket.socket
+
+    def flush(self) -> None:
+        """Send what is pending; ClientLeft if it cannot be sent."""
+
+    def ping(self) -> None:
+        """Show that the answer is still being worked on."""
+
+
+class Upstream(io.RawIOBase):
+    """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
+
+    def __init__(self, sock: socket.socket, client: Client, ping: float, patience: float) -> None:
+        self.sock, self.client, self.ping = sock, client, ping
+        self.give_up = time.monotonic() + patience
+        self.selector = selectors.DefaultSelector()   # select.select breaks above 1,024 descriptors
+        self.selector.register(sock, selectors.EVENT_READ)
+        self.selector.register(client.sock, selectors.EVENT_READ)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            try:
+                return self.sock.recv_into(buffer)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self.wait()
+
+    def wait(self) -> None:
+        """Return when Ollama has sent something; serve the client meanwhile."""
+        self.client.flush()
+        ping_at = time.monotonic() + self.ping
+        while True:
+            now = time.monotonic()
+            if now >= self.give_up:
+                raise TimeoutError("no answer in time")
+            if now >= ping_at:
+                self.client.ping()
+                ping_at = now + self.ping
+            ready = {key.fileobj for key, _ in
+                     self.selector.select(min(ping_at, self.give_up) - now)}
+            if self.client.sock in ready:
+                self.look_at_client()
+            if self.sock in ready:
+                return
+
+    def look_at_client(self) -> None:
+        """Why has the client become readable? Raise ClientLeft if it is the end."""
+        try:
+            left = not self.client.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            left = True
+        if left:
+            raise ClientLeft
+        self.selector.unregister(self.client.sock)   # its next request: would be readable for ever
+
+    def close(self) -> None:
+        if not self.closed:
+            self.selector.close()
+            self.sock.close()
+        super().close()
+
+
+class UpstreamSocket:
+    """What http.client takes for the socket. urllib closes it as soon as it has the head, while the
+    body is still to come, and half-closing would tell Ollama that we left: so `close` is empty."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+
+    def sendall(self, data: bytes) -> None:
+        self.upstream.sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        self.upstream.sock.setblocking(False)         # all is sent: from here on, readinto waits
+        return io.BufferedReader(self.upstream, 64 * 1024)
+
+    def close(self) -> None:
+        pass
+
+
+Watch = Callable[[socket.socket], UpstreamSocket]
+
+
+class UpstreamConnection(http.client.HTTPConnection):
+    def __init__(self, watch: Watch, host: str, **how: Any) -> None:
+        super().__init__(host, **how)
+        self.watch = watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self.watch(self.sock)
+
+
+class UpstreamTLSConnection(UpstreamConnection, http.client.HTTPSConnection):
+    pass
+
+
+class UpstreamRequest(urllib.request.Request):
+    def __init__(self, url: str, body: Optional[Mapping[str, Any]], key: str, watch: Watch) -> None:
+        super().__init__(url, None if body is None else dumps(body).encode())
+        self.watch = watch
+        self.add_header("Content-Type", "application/json")
+        if key and self.type == "https":
+            self.add_header("Authorization", "Bearer " + key)
+
+
+class UpstreamHandler(urllib.request.AbstractHTTPHandler):
+    def http_open(self, request: UpstreamRequest) -> http.client.HTTPResponse:
+        return self.do_open(functools.partial(UpstreamConnection, request.watch), request)
+
+    def https_open(self, request: UpstreamRequest) -> http.client.HTTPResponse:
+        return self.do_open(functools.partial(UpstreamTLSConnection, request.watch), request)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+# Without build_opener's handlers: no proxy, no redirect, and every status comes back as an answer.
+OPENER = urllib.request.OpenerDirector()
+OPENER.add_handler(UpstreamHandler())
+
+
+class Ollama:
+    """One request's way to Ollama: a context manager that closes, at the end of the request, every
+    connection that it opened, whatever iterators over them are still alive."""
+
+    def __init__(self, config: Config, client: Client) -> None:
+        self.config, self.client = config, client
+        self.opened = contextlib.ExitStack()
+        self.first_at = 0.0                            # when the first event came, for the log
+        self.finish: Optional[Finish] = None           # the same
+
+    def __enter__(self) -> Ollama:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.opened.close()
+
+    def chat(self, chat: Chat) -> Iterator[Event]:
+        """POST /api/chat: the events of the answer. Asks when it is first advanced.
+
+        `truncate` false makes an overflow an error: by default Ollama drops messages silently."""
+        options = dict(chat.body["options"])
+        if self.config.num_ctx is not None:
+            options.setdefault("num_ctx", self.config.num_ctx)
+        body: JSON = {**chat.body, "options": options, "truncate": False, "stream": True}
+        events = events_of(chunks_of(self.ask_chat(body), self.config.line_bytes))
+        if chat.stop:
+            events = until_stop(events, chat.stop, estimated_tokens(chat.body["messages"]))
+        for event in events:
+            self.first_at = self.first_at or time.monotonic()
+            if isinstance(event, Finish):
+                self.finish = event
+            yield event
+
+    def answer(self, chat: Chat, reply: Callable[[Chat, Iterator[Event]], JSON],
+               stream: Callable[[Chat, Iterator[Event]], Iterator[bytes]], ping: bytes) -> Answer:
+        """Ask, and have the dialect word the answer in the way that the client wants it."""
+        events = self.chat(chat)
+        if chat.stream:
+            return Answer(stream(chat, events), pings=itertools.repeat(ping), ignored=chat.ignored)
+        return Answer(reply(chat, events), ignored=chat.ignored)
+
+    def ask_chat(self, body: JSON) -> http.client.HTTPResponse:
+        """Ask by the name that the client gave, else by the one that an alias gives."""
+        for name in self.names_for(body["model"]):
+            try:
+                return self.ask({**body, "model": name})
+            except APIError as error:
+                if error.code != "model_not_found":
+                    raise
+        raise self.not_installed(name)
+
+    def ask(self, body: JSON) -> http.client.HTTPResponse:
+        """Ask; ask again, where it is `think` that Ollama refuses."""
+        while True:
+            try:
+                return self.open("/api/chat", body)
+            except PromptTooLong as error:
+                raise self.with_numbers(error, body) from error
+            except APIError as error:
+                body = other_think(body, error)
+
+    def names_for(self, name: str) -> List[str]:
+        """The names to try: the one asked for, and that of the first --alias that fits."""
+        aliases = (alias.partition("=") for alias in self.config.alias)
+        fitting = [model for pattern, _, model in aliases if fnmatch.fnmatchcase(name, pattern)]
+        return [name] + fitting[:1]
+
+    def not_installed(self, name: str) -> APIError:
+        installed = ", ".join(map(model_name, self.models())) or "none"
+        return APIError(404, f"model: {dumps(name)} is not installed in Ollama. "
+                             f"Installed: {installed}. To install it: ollama pull {name}",
+                        param="model", code="model_not_found")
+
+    def with_numbers(self, error: PromptTooLong, body: JSON) -> PromptTooLong:
+        """Up to 0.29 Ollama does not tell them: the window of the loaded model, and an estimate."""
+        if error.context:
+            return error
+        loaded = (model.get("context_length", 0)
+                  for model in self.get("/api/ps").get("models") or ()
+                  if tagged(model_name(model)) == tagged(body["model"]))
+        context = body["options"].get("num_ctx") or next(loaded, 0)
+        return PromptTooLong(max(estimated_tokens(body["messages"]), context + 1), context)
+
+    def models(self) -> List[JSON]:
+        """The models that are installed, as /api/tags lists them."""
+        return self.get("/api/tags").get("models") or []
+
+    def model(self, name: str) -> JSON:
+        """The installed model that a request for `name` is answered by."""
+        installed = {tagged(model_name(model)): model for model in self.models()}
+        for candidate in self.names_for(name):
+            if tagged(candidate) in installed:
+                return installed[tagged(candidate)]
+        raise self.not_installed(name)
+
+    def get(self, path: str, patience: Optional[float] = None) -> JSON:
+        """GET a small JSON object, within `patience` seconds."""
+        response = self.open(path, None, patience or self.config.ask_seconds)
+        return parse_line(whole(response, self.config.line_bytes))
+
+    def open(self, path: str, body: Optional[JSON] = None,
+             patience: float = float("inf")) -> http.client.HTTPResponse:
+        """Ask Ollama, and wait for the head of its answer."""
+        def watch(sock: socket.socket) -> UpstreamSocket:
+            sock.settimeout(self.config.send_seconds)
+            upstream = Upstream(sock, self.client, self.config.ping, patience)
+            self.opened.callback(upstream.close)
+            return UpstreamSocket(upstream)
+
+        request = UpstreamRequest(self.config.ollama + path, body, self.config.ollama_key, watch)
+        try:
+            response: http.client.HTTPResponse = OPENER.open(
+                request, timeout=min(patience, self.config.connect_seconds))
+        except urllib.error.URLError as error:
+            raise unreachable(self.config.ollama, error.reason) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise broken(error) from error
+        self.opened.callback(response.close)          # before its socket, or it complains (3.13)
+        if response.status != 200:
+            text = whole(response, self.config.line_bytes).decode("utf-8", "replace")
+            raise refusal(response.status, text)
+        return response
+
+
+def other_think(body: JSON, error: APIError) -> JSON:
+    """`body` with a `think` that the model may take, if it was `think` that Ollama refused."""
+    if "think" in body and "does not support thinking" in error.message:
+        return {name: value for name, value in body.items() if name != "think"}
+    if isinstance(body.get("think"), str) and "think value" in error.message:
+        return {**body, "think": True}               # this model or release knows no levels
+    raise error
+
+
+def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body as it arrives: read1 returns what is there, where readline would cost more."""
+    try:
+        yield from iter(lambda: response.read1(64 * 1024), b"")
+    except (OSError, http.client.HTTPException) as error:
+        raise broken(error) from error
+
+
+def whole(response: http.client.HTTPResponse, limit: int) -> bytes:
+    body = bytearray()
+    for data in received(response):
+        body += data
+        if len(body) > limit:
+            raise broken(f"more than {limit} bytes")
+    return bytes(body)
+
+
+def chunks_of(response: http.client.HTTPResponse, limit: int) -> Iterator[JSON]:
+    """Ollama's chunks, one JSON object a line (NDJSON)."""
+    rest = bytearray()
+    for data in received(response):
+        rest += data
+        if b"\n" in data:
+            *lines, tail = rest.split(b"\n")
+            rest = bytearray(tail)
+            yield from map(parse_line, filter(None, map(bytes, lines)))
+        elif len(rest) > limit:
+            raise broken(f"a line of more than {limit} bytes")
+    if rest.strip():
+        yield parse_line(bytes(rest))
+
+
+def parse_line(line: bytes) -> JSON:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise broken(f"not JSON: {line[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise broken(f"not an object: {line[:80]!r}")
+    return value
+
+
+def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
+    """Take Ollama's chunks apart; nobody else does. Only `done` makes an answer whole."""
+    for chunk in chunks:
+        message = chunk.get("message")
+        if not isinstance(message, dict):  # {"error": ...} under a 200
+            raise refusal(500, dumps(chunk))
+        if message.get("thinking"):
+            yield Thinking(message["thinking"])
+        if message.get("content"):
+            yield Text(message["content"])
+        if chunk.get("done"):
+            yield Finish(chunk.get("done_reason") or "stop", chunk.get("prompt_eval_count", 0),
+                         chunk.get("eval_count", 0))
+            return
+    # Up to 0.32 it does so after 30 equal tokens in a row.
+    raise broken("it ended without saying that it was done")
+
+
+def estimated_tokens(messages: List[OllamaMessage]) -> int:
+    """Ollama has no tokenizer to ask; about four bytes make a token."""
+    return sum(len(text.encode()) for message in messages
+               for text in (message["content"], message.get("thinking", ""))) // 4 + len(messages)
+
+
+def unreachable(url: str, reason: object) -> APIError:
+    if isinstance(reason, (ConnectionResetError, BrokenPipeError)):
+        return broken(reason)                   # it took the connection, not the request
+    return APIError(503, f"Ollama does not answer at {url} ({reason}). Start it with `ollama serve`"
+                         ", or say where it is with --ollama or OLLAMA_HOST.")
+
+
+def broken(how: object) -> APIError:
+    if isinstance(how, TimeoutError):
+        return APIError(504, "Ollama did not answer in time.")
+    reason = how if isinstance(how, str) else repr(how)
+    return APIError(502, f"Ollama's answer broke off: {reason}.")
+
+
+# What Ollama's refusals mean: the first pattern that is found in the text decides the status. Texts
+# that blame the request come as 500 from some releases; and before 0.12.6 all came as 200.
+REFUSALS = tuple((re.compile(pattern), status, code) for pattern, status, code in (
+    (r"exceeds? .*context (length|size)|longer than the context", 400, "context_length_exceeded"),
+    (r"^model .*not found", 404, "model_not_found"),
+    (r"^404 page not found|^405 method not allowed", 502, None),  # an Ollama that is too old
+    (r"does not support|is not supported|invalid (format|JSON schema|think value|model name)"
+     r"|^option .* must be of type", 400, None),
+    (r"server busy", 503, None)))
+NUMBERS = re.compile(r"\((\d+) tokens\).*\((\d+) tokens\)")
+
+
+def refusal(status: int, text: str) -> APIError:
+    """What an Ollama that answered `status` with `text` means for the client.
+
+    4xx keep status and text. 501 is about the request too. Any other 5xx becomes a 502, since Codex
+    hides the text of a 500."""
+    error = innermost_error(text)
+    message = error.get("message") or f"Ollama answered {status} without a word"
+    meant = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
+    status, code = next(meant, (status, None))
+    if code == "context_length_exceeded":
+        told = NUMBERS.search(message)
+        return PromptTooLong(*map(int, told.groups() if told else
+                                  (error.get("n_prompt_tokens", 0), error.get("n_ctx", 0))))
+    if status == 501:
+        status = 400
+    elif not 400 <= status < 500 and status != 503:
+        status, message = 502, "Ollama failed: " + message
+    return APIError(status, message, code=code, retry_after=5 if status == 503 else None)
+
+
+def innermost_error(text: str) -> JSON:
+    """{"message": ...} out of {"error": "text"}, whose text since 0.30 may be such JSON again."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        return {"message": text.strip()}
+    if isinstance(error, str):
+        return innermost_error(error)
+    return error if isinstance(error, dict) else {"message": text.strip()}
+
+
+def tagged(name: str) -> str:
+    """The full name of a model: Ollama ignores case, and a missing tag means latest."""
+    return (name if ":" in name.rpartition("/")[2] else name + ":latest").lower()
+
+
+def model_name(model: JSON) -> str:
+    return model.get("model") or model.get("name") or ""
+
+
+# ---- Anthropic Messages --------------------------------------------------------------------------
+# POST /v1/messages as the Messages API of 2023-06-01 and 2026-10-21 describes it, for the anthropic
+# SDKs of both generations and Claude Code. Thinking is off unless asked for: programs read
+# content[0].text. Signatures are neither made nor checked. Content blocks are the runs of equal
+# events, so their indexes count up and never two are open. Claude Code's billing header in `system`
+# is dropped: it changes with each request, and Ollama's KV cache would be lost with it.
+
+MESSAGES_OPTIONS = {
+    "max_tokens": Option("num_predict", int, at_least=1),
+    "temperature": Option("temperature", float),
+    "top_p": Option("top_p", float),
+    "top_k": Option("top_k", int)}
+MESSAGES_FIELDS = {"model", "messages", "system", "stream", "stop_sequences",
+                   "thinking.type", "output_config.effort", *MESSAGES_OPTIONS}
+EFFORT_LEVELS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
+MESSAGES_BLOCKS = {"text": "content", "thinking": "thinking"}     # and where Ollama has their text
+STOP_REASONS = {"length": "max_tokens", "stop_sequence": "stop_sequence"}
+MESSAGES_PING = sse({"type": "ping"})
+
+
+def messages_request(body: JSON) -> Chat:
+    """A Messages request as a chat for Ollama; unlike Anthropic's it needs no max_tokens."""
+    turns = [messages_turn(turn, path)
+             for path, turn in items(required(body, "messages", list), "messages", dict)]
+    if not turns:
+        raise invalid("messages", "must not be empty")
+    return Chat({"model": required(body, "model", str),
+                 "messages": system_first(messages_system(body) + turns),
+                 "think": messages_think(body),
+                 "options": options_of(body, MESSAGES_OPTIONS)},
+                stream=bool(optional(body, "stream", bool)),
+                stop=stop_texts(optional(body, "stop_sequences", list) or [], "stop_sequences"),
+                ignored=sorted(unread(body, MESSAGES_FIELDS)))
+
+
+def messages_system(body: JSON) -> List[OllamaMessage]:
+    texts = [required(block, path + ".text", str) for path, block in blocks_of(body, "system")]
+    texts = [text for text in texts
+             if text and not text.startswith("x-anthropic-billing-header")]
+    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+
+
+def messages_turn(turn: JSON, path: str) -> OllamaMessage:
+    """One of `messages`. Images, documents and tools will be further rows of MESSAGES_BLOCKS."""
+    role = one_of(turn, path + ".role", ("user", "assistant", "system"))
+    if turn.get("content") is None:
+        raise invalid(path + ".content", "is required")
+    texts: Dict[str, List[str]] = {"content": [], "thinking": []}
+    for place, block in blocks_of(turn, path + ".content"):
+        kind = one_of(block, place + ".type", MESSAGES_BLOCKS)
+        texts[MESSAGES_BLOCKS[kind]].append(required(block, f"{place}.{kind}", str))
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(texts["content"])}
+    if any(texts["thinking"]):
+        message["thinking"] = "\n\n".join(texts["thinking"])
+    return message
+
+
+def messages_think(body: JSON) -> Union[bool, str]:
+    """Ollama's `think`: off when absent, else on or at the level of output_config.effort."""
+    thinking = optional(body, "thinking", dict) or {"type": "disabled"}
+    kind = one_of(thinking, "thinking.type", ("enabled", "adaptive", "between_tools", "disabled"))
+    config = optional(body, "output_config", dict) or {}
+    effort = config.get("effort") and one_of(config, "output_config.effort", EFFORT_LEVELS)
+    return kind != "disabled" and (EFFORT_LEVELS[effort] if effort else True)
+
+
+def messages_object(chat: Chat, content: List[JSON], finish: Finish) -> JSON:
+    return {"id": new_id("msg_"), "type": "message", "role": "assistant",
+            "model": chat.body["model"], "content": content, **messages_stop(finish),
+            "usage": messages_usage(finish)}
+
+
+def messages_stop(finish: Finish) -> JSON:
+    return {"stop_reason": STOP_REASONS.get(finish.reason, "end_turn"),
+            "stop_sequence": finish.stop_sequence}
+
+
+def messages_usage(finish: Finish) -> JSON:
+    return {"input_tokens": finish.prompt_tokens, "output_tokens": finish.completion_tokens,
+            "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+
+
+def messages_block(kind: type, text: str) -> JSON:
+    if kind is Thinking:
+        return {"type": "thinking", "thinking": text, "signature": ""}
+    return {"type": "text", "text": text}
+
+
+def messages_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    """The Message object for a client that does not stream."""
+    parts, finish = collected(events)
+    content = [messages_block(kind, "".join(part.text for part in run))
+               for kind, run in runs_of(parts)]
+    return messages_object(chat, content, finish)
+
+
+def messages_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
+    """The frames for a client that streams: message_start, the blocks, message_delta, message_stop.
+
+    Ollama counts the prompt in its last line only, so message_start has an estimate, and
+    message_delta the count, which the SDKs let replace it."""
+    events = begun(events)
+    start = Finish("", estimated_tokens(chat.body["messages"]), 0)
+    yield sse({"type": "message_start",
+               "message": {**messages_object(chat, [], start), "stop_reason": None}})
+    for index, (kind, run) in enumerate(runs_of(events)):
+        if kind is Finish:
+            finish = next(run)
+            yield sse({"type": "message_delta", "delta": messages_stop(finish),
+                       "usage": messages_usage(finish)})
+            yield sse({"type": "message_stop"})
+        else:
+            yield from messages_block_frames(index, kind, run)
+
+
+def messages_block_frames(index: int, kind: type, run: Iterator[Any]) -> Iterator[bytes]:
+    def delta(**fields: str) -> bytes:
+        return sse({"type": "content_block_delta", "index": index, "delta": fields})
+
+    yield sse({"type": "content_block_start", "index": index,
+               "content_block": messages_block(kind, "")})
+    for part in run:
+        yield (delta(type="thinking_delta", thinking=part.text) if kind is Thinking else
+               delta(type="text_delta", text=part.text))
+    if kind is Thinking:
+        yield delta(type="signature_delta", signature="")
+    yield sse({"type": "content_block_stop", "index": index})
+
+
+MESSAGES_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error"}
+
+
+def messages_error(error: APIError, request_id: str) -> JSON:
+    """An error object; the same JSON, as an event, ends a stream that fails."""
+    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = "overloaded_error" if error.retry_after else MESSAGES_ERRORS.get(error.status, otherwise)
+    return {"type": "error", "error": {"type": kind, "message": error.message},
+            "request_id": request_id}
+
+
+def messages(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/messages"""
+    return ollama.answer(messages_request(request.body), messages_reply, messages_stream,
+                         MESSAGES_PING)
+
+
+# ---- OpenAI Chat Completions ---------------------------------------------------------------------
+# POST /v1/chat/completions as OpenAI documents it, for the openai SDKs and all that is built on
+# them; for people with curl `system` at the top level, and a stream unless "stream" is false.
+# Reasoning goes out under both names in use, reasoning_content (DeepSeek's, vLLM's) and reasoning
+# (Ollama's). Keep-alives are comments, since openai-python to 3.54 parses every other line as JSON;
+# role comes once and finish_reason in a chunk of its own, since its accumulator adds strings up.
+
+CHAT_OPTIONS = {
+    "max_tokens": Option("num_predict", int, at_least=1),
+    "max_completion_tokens": Option("num_predict", int, at_least=1),     # the newer name goes first
+    "temperature": Option("temperature", float),
+    "top_p": Option("top_p", float),
+    "seed": Option("seed", int),
+    "frequency_penalty": Option("frequency_penalty", float),
+    "presence_penalty": Option("presence_penalty", float)}
+CHAT_FIELDS = {"model", "messages", "system", "stream", "stream_options.include_usage", "stop",
+               "n", "reasoning_effort", "reasoning.effort", *CHAT_OPTIONS}
+CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+CHAT_PARTS = ("text", "refusal")
+REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
+    "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+    "xhigh": "max", "ultra": "max", "max": "max"}
+FINISH_REASONS = {"stop_sequence": "stop"}
+CHAT_PING = b": ping\n\n"
+CHAT_DONE = b"data: [DONE]\n\n"
+
+
+def chat_request(body: JSON) -> Chat:
+    """A chat completion request as a chat for Ollama."""
+    turns = [chat_turn(turn, path)
+             for path, turn in items(required(body, "messages", list), "messages", dict)]
+    if not turns:
+        raise invalid("messages", "must not be empty")
+    if (optional(body, "n", int) or 1) != 1:
+        raise invalid("n", "must be 1: Ollama gives one answer at a time")
+    system = chat_text(body, "system")
+    history: List[OllamaMessage] = [{"role": "system", "content": system}] if system else []
+    chat: OllamaChat = {"model": required(body, "model", str),
+                        "messages": system_first(history + turns),
+                        "options": options_of(body, CHAT_OPTIONS)}
+    effort = chat_effort(body)
+    if effort is not None:
+        chat["think"] = REASONING_EFFORTS[effort]
+    stream_options = optional(body, "stream_options", dict) or {}
+    return Chat(chat, stream=optional(body, "stream", bool), stop=chat_stop(body),
+                include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)),
+                ignored=sorted(unread(body, CHAT_FIELDS)))
+
+
+def chat_turn(turn: JSON, path: str) -> OllamaMessage:
+    """One of `messages`. Images, tool calls and tool results will find their place here."""
+    role = CHAT_ROLES[one_of(turn, path + ".role", CHAT_ROLES)]
+    if turn.get("content") is None and role != "assistant":
+        raise invalid(path + ".content", "is required")
+    message: OllamaMessage = {"role": role, "content": chat_text(turn, path + ".content")}
+    thoughts = (optional(turn, path + ".reasoning_content", str)
+                or optional(turn, path + ".reasoning", str))
+    if thoughts and role == "assistant":
+        message["thinking"] = thoughts
+    return message
+
+
+def chat_text(owner: JSON, path: str) -> str:
+    """A string, or a list of text parts, as one string."""
+    texts = []
+    for place, part in blocks_of(owner, path):
+        kind = one_of(part, place + ".type", CHAT_PARTS)
+        texts.append(required(part, f"{place}.{kind}", str))
+    return "\n\n".join(texts)
+
+
+def chat_stop(body: JSON) -> List[str]:
+    stop = body.get("stop")
+    if isinstance(stop, str):
+        return stop_texts([stop], "stop")
+    return stop_texts(optional(body, "stop", list) or [], "stop")
+
+
+def chat_effort(body: JSON) -> Optional[str]:
+    reasoning = optional(body, "reasoning", dict) or {}
+    if body.get("reasoning_effort") is not None:
+        return one_of(body, "reasoning_effort", REASONING_EFFORTS)
+    if reasoning.get("effort") is not None:
+        return one_of(reasoning, "reasoning.effort", REASONING_EFFORTS)
+    return None
+
+
+def chat_usage(finish: Finish) -> JSON:
+    return {"prompt_tokens": finish.prompt_tokens, "completion_tokens": finish.completion_tokens,
+            "total_tokens": finish.prompt_tokens + finish.completion_tokens}
+
+
+def chat_head(chat: Chat, kind: str) -> JSON:
+    """What a completion and each of its chunks begin with."""
+    return {"id": new_id("chatcmpl-"), "object": kind, "created": int(time.time()),
+            "model": chat.body["model"]}
+
+
+def chat_reasoning(text: str) -> JSON:
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def chat_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    """The completion object for a client that does not stream."""
+    parts, finish = collected(events)
+    content = "".join(part.text for part in parts if isinstance(part, Text))
+    thoughts = "".join(part.text for part in parts if isinstance(part, Thinking))
+    message = {"role": "assistant", "content": content, "refusal": None, **chat_reasoning(thoughts)}
+    choice = {"index": 0, "message": message, "logprobs": None,
+              "finish_reason": FINISH_REASONS.get(finish.reason, finish.reason)}
+    return {**chat_head(chat, "chat.completion"), "choices": [choice], "usage": chat_usage(finish)}
+
+
+def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
+    """The chunks for a client that streams, and [DONE]."""
+    def chunk(delta: JSON, finish_reason: Optional[str] = None) -> bytes:
+        return sse({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+                                         "finish_reason": finish_reason}]})
+
+    events = begun(events)
+    head = chat_head(chat, "chat.completion.chunk")
+    yield chunk({"role": "assistant", "content": ""})
+    for event in events:
+        if isinstance(event, Text):
+            yield chunk({"content": event.text})
+        elif isinstance(event, Thinking):
+            yield chunk(chat_reasoning(event.text))
+        else:
+            yield chunk({}, FINISH_REASONS.get(event.reason, event.reason))
+            if chat.include_usage:
+                yield sse({**head, "choices": [], "usage": chat_usage(event)})
+    yield CHAT_DONE
+
+
+CHAT_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+               429: "rate_limit_error"}
+
+
+def chat_error(error: APIError, _request_id: str) -> JSON:
+    """An error object, as all OpenAI endpoints have it; as a frame it ends a stream that fails."""
+    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
+    message = error.message
+    if isinstance(error, PromptTooLong):
+        message = (f"This model's maximum context length is {error.context} tokens. "
+                   f"However, your messages resulted in {error.prompt_tokens} tokens.")
+    return {"error": {"message": message, "type": CHAT_ERRORS.get(error.status, otherwise),
+                      "param": error.param, "code": error.code}}
+
+
+def wants_stream(headers: Mapping[str, str], default: str) -> bool:
+    """Whether a client that does not say so wants a stream.
+
+    SDKs do not, and can be told by their headers; people with curl, requests or urllib do. The
+    Vercel AI SDK 6 and Node's fetch send Accept */*, but Sec-Fetch-Mode."""
+    accept = headers.get("accept", "")
+    if default != "auto" or "text/event-stream" in accept:
+        return default != "off"
+    return not ("application/json" in accept or "sec-fetch-mode" in headers
+                or any(name.startswith("x-stainless-") for name in headers)
+                or headers.get("user-agent", "").startswith(("ai/", "ai-sdk/")))
+
+
+def chat_completions(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/chat/completions"""
+    chat = chat_request(request.body)
+    if chat.stream is None:
+        chat.stream = wants_stream(request.headers, ollama.config.default_stream)
+    return ollama.answer(chat, chat_reply, chat_stream, CHAT_PING)
+
+
+# ---- Models and health ---------------------------------------------------------------------------
+# One model object satisfies both SDKs. Anthropic's needs has_more: false, or it asks for ever;
+# OpenAI's clients break on `data: null`. Sizes and capabilities are passed on where Ollama tells
+# them (0.30 and later).
+
+def model_object(model: JSON) -> JSON:
+    """A model of /api/tags, with the keys of OpenAI's model object and of Anthropic's."""
+    name = model_name(model)
+    modified = timestamp(model.get("modified_at") or "")
+    owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
+    answer = {"id": name, "object": "model", "created": int(modified.timestamp()),
+              "owned_by": owner, "type": "model", "display_name": name,
+              "created_at": modified.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    context = (model.get("details") or {}).get("context_length")
+    if context:
+        answer.update(context_length=context, max_input_tokens=context)
+    if model.get("capabilities"):
+        answer["capabilities"] = model["capabilities"]
+    return answer
+
+
+def timestamp(text: str) -> datetime:
+    """Go's RFC 3339, whose nine decimals and Z Python before 3.11 does not read."""
+    match = re.match(r"(\d+-\d+-\d+T\d+:\d+:\d+)(?:\.\d+)?(?:Z|([+-]\d+:\d+))?$", text)
+    if match is None:
+        return datetime.fromtimestamp(0, timezone.utc)
+    return datetime.fromisoformat(match[1] + (match[2] or "+00:00")).astimezone(timezone.utc)
+
+
+def models(ollama: Ollama, _request: Request) -> Answer:
+    """GET /v1/models"""
+    data = [model_object(model) for model in ollama.models()]
+    return Answer({"object": "list", "data": data, "has_more": False,
+                   "first_id": data[0]["id"] if data else None,
+                   "last_id": data[-1]["id"] if data else None})
+
+
+def one_model(ollama: Ollama, request: Request) -> Answer:
+    """GET /v1/models/{id}, by any name that a request may use"""
+    name = request.argument
+    return Answer({**model_object(ollama.model(name)), "id": name})
+
+
+def health(ollama: Ollama, _request: Request) -> Answer:
+    """GET /health: whether Ollama answers, within two seconds"""
+    told: JSON = {"ollama": ollama.config.ollama}
+    try:
+        version = ollama.get("/api/version", ollama.config.health_seconds).get("version")
+    except APIError as error:
+        return Answer({"status": "unavailable", **told, "error": error.message}, status=503)
+    return Answer({"status": "ok", **told, "version": version})
+
+
+def about(ollama: Ollama, _request: Request) -> Answer:
+    """GET /"""
+    return Answer({"name": "ollama_api.py", "version": __version__, "ollama": ollama.config.ollama,
+                   "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
+
+
+# ---- Routes --------------------------------------------------------------------------------------
+# The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so a
+# request's path is compared without its leading /v1 segments, however many, and without a trailing
+# slash. {id} is the rest of the path, unquoted: model names may contain slashes. HEAD is GET.
+
+Wording = Callable[[APIError, str], JSON]
+
+
+class Route(NamedTuple):
+    method: str                          # GET or POST
+    path: str
+    endpoint: Callable[[Ollama, Request], Answer]
+    error: Optional[Wording] = None      # None: by the anthropic-version header
+
+
+ROUTES = (
+    Route("POST", "/v1/messages", messages, messages_error),
+    Route("POST", "/v1/chat/completions", chat_completions, chat_error),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/models/{id}", one_model),
+    Route("GET", "/health", health),
+    Route("GET", "/", about))
+
+
+def bare(path: str) -> str:
+    return re.sub(r"^(/+v1(?=/|$))+", "", path).rstrip("/")
+
+
+def routes_for(path: str) -> List[Tuple[Route, str]]:
+    """The rows that have this path, one for each method, and what stands for {id} in it."""
+    found = []
+    for route in ROUTES:
+        pattern = re.escape(bare(route.path)).replace(re.escape("{id}"), "(.+)")
+        match = re.fullmatch(pattern, bare(path))
+        if match:
+            found.append((route, urllib.parse.unquote(match[1] if match.groups() else "")))
+    return found
+
+
+def allowed_methods(path: str) -> str:
+    methods = {route.method for route, _ in routes_for(path)}
+    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+
+
+def find_route(request: Request) -> Tuple[Route, str]:
+    found = routes_for(request.path)
+    if not found:
+        raise APIError(404, f"There is no {dumps(request.path)} here; GET / lists what there is.")
+    for route, argument in found:
+        if route.method == request.method or (route.method, request.method) == ("GET", "HEAD"):
+            return route, argument
+    raise APIError(405, f"{request.method} does not go with {request.path} here; "
+                        f"it takes {allowed_methods(request.path)}.")
+
+
+def wording_for(request: Request) -> Wording:
+    """The dialect in which a client is told of an error, on unknown paths too."""
+    for route, _ in routes_for(request.path):
+        if route.error:
+            return route.error
+    anthropic = "anthropic-version" in request.headers or bare(request.path).startswith("/messages")
+    return messages_error if anthropic else chat_error
+
+
+# ---- HTTP server ---------------------------------------------------------------------------------
+# ThreadingHTTPServer accepts and gives each connection a thread. BaseHTTPRequestHandler is unused:
+# it drops the headers after a malformed line, takes a bare CR for a line end, answers a bad version
+# without a status line, knows no deadline for a whole head, and runs an unread body as the next
+# request. Here a head is read as bytes, under one deadline, and what is ambiguous is refused.
+# A reply's head leaves with its first bytes, so that whatever fails before them is a real status.
+
+class Incoming:
+    """The bytes that come from one client; with read_head and read_body all that touches them."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.buffer = bytearray()
+        self.deadline = 0.0
+
+    def within(self, seconds: float) -> None:
+        """Set the deadline for all that is read from here on."""
+        self.deadline = time.monotonic() + seconds
+
+    def receive(self) -> None:
+        left = self.deadline - time.monotonic()
+        try:
+            self.sock.settimeout(max(left, 0.001))
+            data = self.sock.recv(64 * 1024)
+        except socket.timeout as error:
+            raise APIError(408, "The request did not arrive in time.") from error
+        except OSError as error:
+            raise ClientLeft from error
+        if not data:
+            raise ClientLeft
+        self.buffer += data
+
+    def begins(self, seconds: float) -> bool:
+        """Wait for a request; False if none comes. RFC 9112, 2.2: skip empty lines before it."""
+        self.within(seconds)
+        try:
+            while not self.buffer.lstrip(b"\r\n"):
+                self.receive()
+        except (APIError, ClientLeft):
+            return False
+        self.buffer = self.buffer.lstrip(b"\r\n")
+        return True
+
+    def exactly(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            self.receive()
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
+
+    def until(self, mark: bytes, limit: int) -> bytes:
+        """What comes before `mark`, without it; 431 if that is more than `limit` bytes."""
+        start = 0
+        while True:
+            end = self.buffer.find(mark, start)
+            if max(end, len(self.buffer) - len(mark)) > limit:
+                raise APIError(431, "The head of the request is too large.")
+            if end >= 0:
+                return self.exactly(end + len(mark))[:end]
+            start = max(0, len(self.buffer) - len(mark))
+            self.receive()
+
+
+REQUEST_LINE = re.compile(rb"([A-Za-z]{1,20}) (/[!-~]*) HTTP/([0-9]\.[0-9])")
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "content-type", "origin",
+                 "authorization", "x-api-key", "expect"}
+
+
+def read_head(incoming: Incoming, config: Config) -> Request:
+    """Read the head of a request (RFC 9112, 3 to 5)."""
+    incoming.within(config.head_seconds)
+    line, *fields = incoming.until(b"\r\n\r\n", config.head_bytes).split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise APIError(400, "The request line is malformed.")
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    if version not in ("1.0", "1.1"):
+        raise APIError(505, f"HTTP {version} is not spoken here, HTTP/1.1 is.")
+    if len(fields) > config.head_fields:
+        raise APIError(431, f"The request has more than {config.head_fields} header fields.")
+    headers = read_fields(fields)
+    if "host" not in headers and version == "1.1":
+        raise APIError(400, "The Host header is missing.")
+    return Request(method, target.partition("?")[0], headers, version)
+
+
+def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:
+    headers: Dict[str, str] = {}
+    for field in fields:
+        match = FIELD.fullmatch(field)
+        if match is None:
+            raise APIError(400, "A header field is malformed.")
+        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").strip(" \t")
+        if name in headers and name in SINGLE_FIELDS:
+            raise APIError(400, f"The {name} header occurs twice.")
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    return headers
+
+
+def body_length(request: Request) -> Optional[int]:
+    """How many bytes of body follow the head; None says that it comes in chunks."""
+    coding, length = (request.headers.get(name) for name in ("transfer-encoding", "content-length"))
+    if coding is None:
+        if not re.fullmatch("[0-9]{1,18}", length or "0"):
+            raise APIError(400, "The Content-Length header is malformed.")
+        return int(length or "0")
+    if length is not None or request.version == "1.0":
+        raise APIError(400, "Transfer-Encoding goes with neither Content-Length nor HTTP/1.0.")
+    if coding.lower() != "chunked":
+        raise APIError(501, "The only transfer coding that is understood is chunked.")
+    return None
+
+
+def read_body(incoming: Incoming, length: Optional[int], config: Config) -> bytes:
+    """Read a body of `length` bytes, or a chunked one (RFC 9112, 7.1)."""
+    incoming.within(config.body_seconds + (length or config.body_bytes) / 1e6)
+    if length is not None:
+        return incoming.exactly(fitting(length, config))
+    body = bytearray()
+    while True:
+        match = CHUNK_SIZE.fullmatch(incoming.until(b"\r\n", 256))
+        if match is None:
+            raise APIError(400, "The size of a chunk is malformed.")
+        size = int(match[1], 16)
+        if size == 0:
+            break
+        fitting(len(body) + size, config)
+        body += incoming.exactly(size)
+        if incoming.exactly(2) != b"\r\n":
+            raise APIError(400, "A chunk does not end where its size says.")
+    for _ in range(config.head_fields):
+        if not incoming.until(b"\r\n", config.head_bytes):     # trailers mean nothing here
+            return bytes(body)
+    raise APIError(431, "There are too many trailer fields.")
+
+
+def fitting(size: int, config: Config) -> int:
+    if size > config.body_bytes:
+        raise APIError(413, f"The body is larger than {config.body_bytes} bytes.")
+    return size
+
+
+STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def parse_body(data: bytes, depth: int) -> JSON:
+    """A body as a JSON object (RFC 8259): strict UTF-8, of bounded depth, without what json.loads
+    takes but Ollama does not: NaN, Infinity, numbers beyond a float, lone surrogates."""
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"{what} is not JSON")
+
+    def finite(digits: str) -> float:
+        return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
+
+    if nested_deeper(data, depth):
+        raise APIError(400, f"The body is nested deeper than {depth} levels.")
+    try:
+        body = json.loads(data.decode(), parse_constant=refuse, parse_float=finite)
+        if b"\\u" in data:
+            json.dumps(body, ensure_ascii=False).encode()      # fails on a lone surrogate
+    except ValueError as error:                                # a UnicodeError is one
+        raise APIError(400, f"The body is not JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise APIError(400, f"The body must be a JSON object, not {kind_of(body)}.")
+    return body
+
+
+def nested_deeper(data: bytes, depth: int) -> bool:
+    """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
+
+    Each round takes the innermost pairs away; json.loads will refuse what does not pair."""
+    brackets = STRINGS.sub(b"", data).translate(None, NO_BRACKETS)
+    for _ in range(depth):
+        if not brackets:
+            break
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return b"[]" in brackets or b"{}" in brackets or len(brackets) > depth
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, with or without a port, is this machine's own."""
+    name = re.sub(r":[0-9]*$", "", host) if host.count(":") == 1 or "]" in host else host
+    name = name.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False
+
+
+def admit(request: Request, config: Config) -> None:
+    """Refuse whom a web page sent, and who has no key. Programs send no Origin.
+
+    A page of another site reaches us directly, or by a name of its own that leads to 127.0.0.1."""
+    if is_loopback(config.host) and not is_loopback(request.headers.get("host", "localhost")):
+        raise APIError(403, "The Host header names another machine than this one.")
+    origin = request.headers.get("origin")
+    if origin is not None and not is_loopback(origin.partition("://")[2]):
+        raise APIError(403, "Web pages of other machines are not served.")
+    if origin is None and request.headers.get("sec-fetch-site") == "cross-site":
+        raise APIError(403, "Web pages of other sites are not served.")
+    bearer = re.sub("^bearer +", "", request.headers.get("authorization", ""), flags=re.I)
+    given = [key.encode("latin-1") for key in (request.headers.get("x-api-key", ""), bearer)]
+    fits = [hmac.compare_digest(key.encode(), other) for key in config.api_key for other in given]
+    if config.api_key and not any(fits):
+        raise APIError(401, "The API key is missing or wrong.")
+
+
+class Exchange:
+    """One request and its reply. To the upstream it is the Client."""
+
+    def __init__(self, server: Server, incoming: Incoming) -> None:
+        self.server, self.config, self.incoming = server, server.config, incoming
+        self.sock = incoming.sock
+        self.id = new_id("req_")
+        self.began = time.monotonic()
+        self.request = Request("-", "-", {}, version="1.0")   # until the head has been read
+        self.wording: Wording = chat_error
+        self.unread = True                       # of the request, bytes are still on their way
+        self.status = 0                          # 0 until the head of the reply is out
+        self.pending: List[bytes] = []           # frames that have not been sent
+        self.extra: Dict[str, str] = {}          # header fields of the reply
+        self.pings: Optional[Iterator[bytes]] = None          # not None for a stream
+        self.ollama: Optional[Ollama] = None
+
+    def run(self) -> bool:
+        """Answer one request; whether the connection may carry another. All failures end here."""
+        try:
+            self.attempt()
+        except ClientLeft:
+            self.status, self.unread = 499, True
+        log(self.summary())
+        if self.unread:
+            linger(self.sock, self.config)
+        return self.reusable()
+
+    def attempt(self) -> None:
+        try:
+            self.answer()
+        except APIError as error:
+            self.fail(error)
+        except ClientLeft:
+            raise
+        except Exception:                        # a bug of ours: for the log, not for the client
+            log_traceback()
+            self.fail(APIError(500, "Internal error of ollama_api.py; its log says more."))
+
+    def answer(self) -> None:
+        request = self.request = read_head(self.incoming, self.config)
+        self.wording = wording_for(request)
+        length = body_length(request)
+        self.unread = length != 0
+        admit(request, self.config)
+        if request.method == "OPTIONS":
+            self.write(self.head(204, {"allow": allowed_methods(request.path)}))
+            return
+        route, request.argument = find_route(request)
+        with contextlib.ExitStack() as running:
+            if route.method == "POST":
+                request.body = self.read_json(length)
+                running.enter_context(self.server.one_more())
+            self.serve(route)
+
+    def read_json(self, length: Optional[int]) -> JSON:
+        headers = self.request.headers
+        if length == 0 and "content-length" not in headers:
+            raise APIError(411, "The request needs a body with a Content-Length, or a chunked one.")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise APIError(415, "The body must not be compressed.")
+        if headers.get("expect", "").lower() == "100-continue":
+            fitting(length or 0, self.config)
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = parse_body(read_body(self.incoming, length, self.config), self.config.json_depth)
+        self.unread = False
+        if body.get("model") is None:
+            body["model"] = self.config.model
+        return body
+
+    def serve(self, route: Route) -> None:
+        with Ollama(self.config, self) as self.ollama:
+            answer = route.endpoint(self.ollama, self.request)
+            if answer.ignored:
+                self.extra["x-ignored-fields"] = ", ".join(answer.ignored[:64])
+            if isinstance(answer.content, dict):
+                self.send_json(answer.status, answer.content)
+            else:
+                self.send_stream(answer.content, answer.pings)
+
+    def fail(self, error: APIError) -> None:
+        """Say it with a status if there is still time, else with the last frame of the stream."""
+        content = self.wording(error, self.id)
+        if self.status or self.pending:
+            self.pending.append(sse(content))
+            self.end_stream()
+            return
+        if error.retry_after is None:
+            self.extra["x-should-retry"] = "false"
+        else:
+            self.extra["retry-after"] = str(error.retry_after)
+        if error.status == 405:
+            self.extra["allow"] = allowed_methods(self.request.path)
+        self.send_json(error.status, content)
+
+    def send_json(self, status: int, content: JSON) -> None:
+        body = (dumps(content) + "\n").encode()
+        head = self.head(status, {"content-type": "application/json",
+                                  "content-length": str(len(body))})
+        self.write(head if self.request.method == "HEAD" else head + body)   # in one send
+
+    def send_stream(self, frames: Iterable[bytes], pings: Iterator[bytes]) -> None:
+        """Frames leave when the upstream is waited for, those that came together in one chunk; but
+        some do when they are many, lest a fast upstream fills the memory for a slow client."""
+        self.pings = pings
+        for frame in frames:
+            self.pending.append(frame)
+            if len(self.pending) >= 256:
+                self.flush()
+        self.end_stream()
+
+    def flush(self) -> None:
+        if self.pending:
+            self.write(self.taken())
+
+    def ping(self) -> None:
+        if self.pings:
+            self.pending.append(next(self.pings))
+            self.flush()
+
+    def end_stream(self) -> None:
+        self.write(self.taken() + (b"0\r\n\r\n" if self.chunked() else b""))
+
+    def taken(self) -> bytes:
+        """The pending frames as bytes to send, after the head where it is not out yet."""
+        data = b"".join(self.pending)
+        self.pending.clear()
+        if self.chunked() and data:
+            data = b"%x\r\n%s\r\n" % (len(data), data)
+        if self.status:
+            return data
+        fields = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        if self.chunked():
+            fields["transfer-encoding"] = "chunked"
+        return self.head(200, fields) + data
+
+    def chunked(self) -> bool:
+        return self.request.version != "1.0"     # for 1.0 the end of the connection is the end
+
+    def reusable(self) -> bool:
+        asked_to_close = "close" in self.request.headers.get("connection", "").lower()
+        return not (self.unread or asked_to_close or not self.chunked() or self.server.draining)
+
+    def head(self, status: int, fields: Mapping[str, str]) -> bytes:
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}",
+                 "date: " + email.utils.formatdate(usegmt=True),
+                 "request-id: " + self.id, "x-request-id: " + self.id,
+                 "connection: " + ("keep-alive" if self.reusable() else "close")]
+        lines += [f"{name}: {value}" for name, value in {**fields, **self.extra}.items()]
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        self.status = status
+        return head
+
+    def write(self, data: bytes) -> None:
+        """Send all of data, to a client that may be slow, but not idle. (sendall's timeout would
+        be one for the whole, and cut slow clients off.)"""
+        view = memoryview(data)
+        try:
+            self.sock.settimeout(self.config.write_seconds)
+            while view:
+                view = view[self.sock.send(view):]
+        except OSError as error:
+            raise ClientLeft from error
+
+    def summary(self) -> str:
+        """The request's line in the log: never a prompt, a key or a query."""
+        now = time.monotonic()
+        words = [self.request.method, self.request.path, str(self.request.body.get("model", "-")),
+                 str(self.status)]
+        finish = self.ollama and self.ollama.finish
+        if self.ollama and self.ollama.first_at:
+            words.append(f"first={self.ollama.first_at - self.began:.2f}s")
+        if self.ollama and finish:
+            rate = finish.completion_tokens / max(now - self.ollama.first_at, 1e-3)
+            words.append(f"in={finish.prompt_tokens} out={finish.completion_tokens} {rate:.1f}/s")
+        return " ".join([*words, f"total={now - self.began:.2f}s"])
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One client's connection: its requests, one after the other."""
+    server: Server
+
+    def handle(self) -> None:
+        config, sock = self.server.config, self.request
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        incoming = Incoming(sock)
+        while incoming.begins(config.idle_seconds) and Exchange(self.server, incoming).run():
+            pass
+
+
+def linger(sock: socket.socket, config: Config) -> None:
+    """Close so that a refusal arrives: closing over unread bytes would reset the connection."""
+    incoming = Incoming(sock)
+    with contextlib.suppress(OSError, APIError, ClientLeft):
+        sock.shutdown(socket.SHUT_WR)
+        incoming.within(config.linger_seconds)
+        for _ in range(512):                     # times 64 KB
+            incoming.receive()
+            incoming.buffer.clear()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = os.name != "nt"        # there it would let two servers share a port
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.request_queue_size = config.backlog
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self.draining = False
+        self.running = 0
+        self.ended = threading.Condition()
+        super().__init__((config.host, config.port), Connection)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)     # HTTPServer's asks DNS for our name, slowly
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log_traceback()
+
+    @property
+    def url(self) -> str:
+        host, port = str(self.server_address[0]), self.server_address[1]
+        name = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
+        return f"http://{name}:{port}"
+
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Count a running request; 503 when there are too many, or when we are about to leave."""
+        with self.ended:
+            if self.draining or self.running >= self.config.running:
+                raise APIError(503, "The server is shutting down." if self.draining else
+                               f"The server is busy with {self.running} requests.", retry_after=1)
+            self.running += 1
+        try:
+            yield
+        finally:
+            with self.ended:
+                self.running -= 1
+                self.ended.notify_all()
+
+    def drain(self) -> None:
+        """Accept nothing more, and give what runs its time to end."""
+        self.draining = True
+        self.shutdown()
+        self.server_close()
+        with self.ended:
+            self.ended.wait_for(lambda: not self.running, self.config.grace_seconds)
+
+
+def log(text: str) -> None:
+    """A line to stderr, control bytes escaped; a closed or absent stderr breaks nothing."""
+    safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), safe, file=sys.stderr, flush=True)
+
+
+def log_traceback() -> None:
+    for line in traceback.format_exc().splitlines():
+        log(line)
+
+
+# ---- Demo ----------------------------------------------------------------------------------------
+# `--demo` starts a stand-in for Ollama on a free port of this machine and points the server at it,
+# so that the whole real path runs. It speaks the native wire as 0.32 does, and says what it is.
+
+class DemoOllama(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    model: JSON = {"name": "demo:latest", "model": "demo:latest",
+                   "modified_at": "2026-01-01T00:00:00Z", "details": {"context_length": 8192},
+                   "capabilities": ["completion", "thinking"]}
+
+    def do_GET(self) -> None:
+        answers: Dict[str, JSON] = {"/api/version": {"version": "demo"},
+                                    "/api/tags": {"models": [self.model]}}
+        self.reply(200, [answers[self.path]] if self.path in answers else [])
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = tagged(body["model"]) == self.model["name"]
+        self.reply(200 if known else 404, self.chat(body) if known else
+                   [{"error": f"model '{body['model']}' not found"}])
+
+    def chat(self, body: JSON) -> Iterator[JSON]:
+        """The chunks of an answer, word by word."""
+        said = body["messages"][-1]["content"]
+        text = f"This is a demo: no model is running. You said: {said}"
+        words = re.findall(r"\s*\S+", text)
+        end = body["options"].get("num_predict", len(words))
+        if body.get("think"):
+            yield {"message": {"role": "assistant", "content": "", "thinking": "What was said?"}}
+        for word in words[:end]:
+            time.sleep(0.02)
+            yield {"message": {"role": "assistant", "content": word}, "done": False}
+        yield {"message": {"role": "assistant", "content": ""}, "done": True,
+               "done_reason": "stop" if end >= len(words) else "length",
+               "prompt_eval_count": estimated_tokens(body["messages"]),
+               "eval_count": len(words[:end])}
+
+    def reply(self, status: int, lines: Iterable[JSON]) -> None:
+        self.send_response(status)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for line in lines:
+                data = dumps(line).encode() + b"\n"
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def start_demo(config: Config) -> Config:
+    """The configuration under which the server asks the stand-in, whatever model a client names."""
+    demo = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoOllama)
+    threading.Thread(target=demo.serve_forever, daemon=True).start()
+    return dataclasses.replace(config, alias=(*config.alias, "*=demo"),
+                               ollama=f"http://127.0.0.1:{demo.server_address[1]}")
+
+
+# ---- Command line --------------------------------------------------------------------------------
+# Every field of Config that was made by `option` becomes --name and OLLAMA_API_NAME here. The
+# command line goes before the environment, and that before the default. The variable of an option
+# that may be repeated has commas between its values.
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """The configuration that was asked for; exits, with a line that says why, when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="ollama_api.py", usage="python ollama_api.py [options]", add_help=False, epilog=EPILOG,
+        allow_abbrev=False, description=(__doc__ or "").partition("\n\nContents")[0],
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=100, max_help_position=28))
+    group = parser.add_argument_group("options")
+    for field in dataclasses.fields(Config):
+        if "meaning" in field.metadata:
+            group.add_argument("--" + field.name.replace("_", "-"), **argument(field, environ))
+    group.add_argument("--version", action="version", version="ollama_api.py " + __version__,
+                       help="print the version and exit")
+    group.add_argument("--help", action="help", help="print this text and exit")
+    values = vars(parser.parse_args(argv))
+    try:
+        values.update(alias=tuple(values["alias"]), api_key=tuple(values["api_key"]),
+                      ollama=ollama_url(values["ollama"]))
+        return checked_config(Config(**values, ollama_key=environ.get("OLLAMA_API_KEY", "")))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+EPILOG = """Each option is an environment variable as well: OLLAMA_API_PORT for --port, and so on;
+but OLLAMA_HOST for --ollama, and OLLAMA_API_SERVER_KEY for --api-key. OLLAMA_API_KEY is the key
+that is sent to an Ollama behind https."""
+
+
+def argument(field: Any, environ: Mapping[str, str]) -> JSON:
+    """What argparse is told of an option. It converts a text from the environment by itself."""
+    how = dict(field.metadata["how"])
+    text = environ.get(how.pop("env", "OLLAMA_API_" + field.name.upper()), "")
+    default: Any = text or field.default
+    if how.get("action") == "append":
+        default = [part for part in text.split(",") if part]
+    elif how.get("action") == "store_true":
+        default = text.lower() in ("1", "true", "yes", "on")
+    shown = f" ({field.default})" if field.default not in (None, (), False) else ""
+    return {**how, "default": default, "help": field.metadata["meaning"] + shown}
+
+
+def checked_config(config: Config) -> Config:
+    """What argparse cannot check; ValueError says it."""
+    for ok, problem in (
+            (0 <= config.port <= 65535, "--port: must be between 0 and 65535"),
+            (config.ping > 0, "--ping: must be above 0"),
+            (config.num_ctx is None or config.num_ctx > 0, "--num-ctx: must be at least 1"),
+            (config.default_stream in ("auto", "on", "off"), "--default-stream: auto, on or off"),
+            (all(all(alias.partition("=")) for alias in config.alias),
+             "--alias: must look like PATTERN=MODEL"),
+            (is_loopback(config.host) or config.api_key or config.insecure,
+             f"--host: {config.host} can be reached by others: add an --api-key, or --insecure")):
+        if not ok:
+            raise ValueError(problem)
+    return config
+
+
+def ollama_url(text: str) -> str:
+    """The URL that OLLAMA_HOST means to Ollama itself: host, host:port or a URL, of which anything
+    may be missing; a scheme changes the default port. 0.0.0.0 is for servers: loopback is meant."""
+    scheme, mark, rest = text.strip(" \t\"'").rpartition("://")
+    with contextlib.suppress(ValueError):
+        rest = f"[{ipaddress.IPv6Address(rest)}]"
+    if scheme not in ("", "http", "https") or not re.fullmatch(r"[]A-Za-z0-9._:/\[-]*", rest):
+        raise ValueError(f"--ollama: must be host, host:port or an http or https URL, not {text}")
+    parts = urllib.parse.urlsplit(f"{scheme or 'http'}://{rest}")
+    host = parts.hostname or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    port = parts.port or (11434 if not mark else 443 if scheme == "https" else 80)
+    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}"
+
+
+class Nobody:
+    """The client for whom the banner asks: it neither leaves nor waits for anything."""
+
+    def __init__(self) -> None:
+        self.sock, self.other = socket.socketpair()
+
+    def flush(self) -> None:
+        pass
+
+    def ping(self) -> None:
+        pass
+
+
+def banner(server: Server) -> str:
+    """Where we listen, which Ollama was found or how to start it, and a line to try."""
+    config = server.config
+    lines = [f"ollama_api.py {__version__} listens on {server.url}"]
+    try:
+        with Ollama(config, Nobody()) as ollama:
+            version = ollama.get("/api/version", config.health_seconds).get("version")
+            names = [model_name(model) for model in ollama.models()]
+        shown = ", ".join(names) or "none; try: ollama pull phi4"
+        lines.append(f"Ollama {version} at {config.ollama}, models: {shown}")
+    except APIError as error:
+        lines.append(error.message)
+    body = dumps({"messages": [{"role": "user", "content": "Hello!"}]})
+    quoted = f"'{body}'" if os.name != "nt" else '"' + body.replace('"', '\\"') + '"'
+    lines.append(f"Try: curl {server.url}/v1/chat/completions -d {quoted}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    config = parse_args(sys.argv[1:], os.environ)
+    if config.demo:
+        config = start_demo(config)
+    try:
+        server = Server(config)
+    except OSError as error:
+        print(f"ollama_api.py: cannot listen on {config.host} port {config.port}: {error}",
+              file=sys.stderr)
+        return 1
+    threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(banner(server), flush=True)
+        while True:          # not serve_forever: the exception would fall upon a new connection
+            time.sleep(0.2)  # not for ever: a signal that another thread gets does not end a sleep
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)        # a second one ends the process at once
+    server.drain()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1934 @@
+#!/usr/bin/env python3
+"""Tests of ollama_api.py: `python test_ollama_api.py` needs nothing but Python.
+
+    python test_ollama_api.py                 all tests; those of the SDKs where they are installed
+    python test_ollama_api.py NAME ...        some of them, as unittest names them
+    python test_ollama_api.py --live [URL]    three checks of a running server with a real Ollama
+
+There is no Ollama here. A scripted one answers, with lines that real releases (0.12.11 to 0.32.15)
+were recorded to send. Most tests are conversations: what a client sends, what Ollama is asked, what
+Ollama answers, what the client gets. Where CI is set, a missing SDK is a failure and not a skip.
+
+Contents: the scripted Ollama, the runner, conversations, tables, HTTP, behaviour over time,
+starting and stopping, real SDKs, the file itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import functools
+import http.client
+import http.server
+import io
+import itertools
+import json
+import os
+import random
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import unittest
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from unittest import mock
+
+import ollama_api
+from ollama_api import Config, Event, Finish, Text, Thinking
+
+HERE = Path(__file__).resolve().parent
+PATIENCE = 10.0     # seconds: the end of every wait for something that should happen at once
+
+
+# ---- The scripted Ollama -------------------------------------------------------------------------
+# Speaks the native wire as it was recorded. A test queues one Script for each POST that it expects;
+# what a script waits for is an Event, so that no test guesses at times.
+
+CUT = "CUT"         # a step: close the connection in the middle of the answer
+
+
+def line(message: Dict[str, Any], **more: Any) -> Dict[str, Any]:
+    return {"model": "plain", "created_at": "2026-11-23T21:38:39.188366538Z",
+            "message": {"role": "assistant", **message}, "done": False, **more}
+
+
+def content(text: str) -> Dict[str, Any]:
+    return line({"content": text})
+
+
+def thinking(text: str) -> Dict[str, Any]:
+    return line({"content": "", "thinking": text})
+
+
+def done(reason: str = "stop", prompt: int = 7, answer: int = 6) -> Dict[str, Any]:
+    return line({"content": ""}, done=True, done_reason=reason, total_duration=29825199,
+                load_duration=4343528, prompt_eval_count=prompt, prompt_eval_duration=2229820,
+                eval_count=answer, eval_duration=21231105)
+
+
+SKY = [content("The"), content(" sky"), content(" is"), content(" blue"), content("."), done()]
+
+TAGS = {"models": [
+    {"name": "plain:latest", "model": "plain:latest", "size": 6371637,
+     "modified_at": "2026-11-23T21:36:17.701936156Z",
+     "details": {"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"],
+                 "parameter_size": "1.59M", "quantization_level": "unknown"}},
+    {"name": "hf.co/someone/think:latest", "model": "hf.co/someone/think:latest", "size": 6371610,
+     "modified_at": "2026-11-23T23:52:22.072846465+02:00",
+     "details": {"parent_model": "", "format": "gguf", "family": "llama", "families": None,
+                 "parameter_size": "1.59M", "quantization_level": "unknown",
+                 "context_length": 8192, "embedding_length": 384},
+     "capabilities": ["completion", "thinking"]}]}
+PS = {"models": [{"name": "plain:latest", "model": "plain:latest", "size": 7412736,
+                  "size_vram": 0, "context_length": 512}]}
+
+
+@dataclass
+class Script:
+    """One answer. A step is a line (a dict), raw bytes, CUT, or an Event to wait for."""
+    steps: Sequence[Any] = field(default_factory=lambda: SKY)
+    status: int = 200
+    kind: str = "application/x-ndjson"
+    waits: threading.Event = field(default_factory=threading.Event)    # set before it waits
+    left: threading.Event = field(default_factory=threading.Event)     # set when the peer closes
+
+
+class ScriptedOllama(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+
+    def __init__(self) -> None:
+        self.scripts: List[Script] = []
+        self.forever: Optional[Callable[[Any], Script]] = None    # else: a script for any question
+        self.asked: List[Tuple[str, Any]] = []                    # path and body of each POST
+        self.gets: Dict[str, Any] = {"/api/version": {"version": "0.32.15"}, "/api/tags": TAGS,
+                                     "/api/ps": PS}
+        super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def queue(self, *scripts: Script) -> Script:
+        self.scripts += scripts
+        return scripts[0]
+
+
+class ScriptedHandler(http.server.BaseHTTPRequestHandler):
+    server: ScriptedOllama
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        found = self.server.gets.get(self.path)
+        if isinstance(found, Script):
+            self.perform(found)
+            return
+        data = json.dumps(found).encode() if found else b"404 page not found"
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, body))
+        make = self.server.forever
+        self.perform(make(body) if make else self.server.scripts.pop(0))
+
+    def perform(self, script: Script) -> None:
+        try:
+            self.play(script)
+        except ConnectionError:
+            script.left.set()
+
+    def play(self, script: Script) -> None:
+        self.close_connection = True
+        started = False                          # as a real one: no head before the first line
+        for step in script.steps:
+            if isinstance(step, threading.Event):
+                if not self.wait(step, script):
+                    return
+                continue
+            started = started or self.start(script)
+            if step is CUT:
+                return
+            data = step if isinstance(step, bytes) else json.dumps(step).encode() + b"\n"
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        started = started or self.start(script)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def start(self, script: Script) -> bool:
+        self.send_response(script.status)
+        self.send_header("Content-Type", script.kind)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        return True
+
+    def wait(self, event: threading.Event, script: Script) -> bool:
+        """Until `event`; False when the peer closes the connection first."""
+        script.waits.set()
+        deadline = time.monotonic() + PATIENCE
+        while not event.is_set() and time.monotonic() < deadline:
+            if select.select([self.connection], [], [], 0.005)[0]:
+                script.left.set()
+                return False
+        return event.is_set()
+
+
+# ---- The runner ----------------------------------------------------------------------------------
+
+LOG: List[str] = []                 # what the server logs during a test
+REAL_LOG = ollama_api.log
+
+
+class ServerCase(unittest.TestCase):
+    """A server and a scripted Ollama of its own for each test. self.config() may be overridden."""
+    maxDiff = None
+    settings: Dict[str, Any] = {}
+
+    def setUp(self) -> None:
+        del LOG[:]
+        self.enterContext2(mock.patch.object(ollama_api, "log", LOG.append))
+        self.ollama = ScriptedOllama()
+        self.addCleanup(self.ollama.server_close)
+        self.addCleanup(self.ollama.shutdown)
+        self.server = self.serve(**self.settings)
+        self.port = self.server.server_address[1]
+
+    def tearDown(self) -> None:
+        self.assertEqual([entry for entry in LOG if "Traceback" in entry], [])
+
+    def enterContext2(self, manager: Any) -> Any:          # enterContext is there since 3.11
+        result = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return result
+
+    def eventually(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.assertTrue(condition())
+
+    def serve(self, **settings: Any) -> ollama_api.Server:
+        server = ollama_api.Server(Config(**{"port": 0, "ollama": self.ollama.url, **settings}))
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return server
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """One request on a connection of its own; the whole reply."""
+        with self.open(method, path, body, **headers) as stream:
+            return stream.reply()
+
+    def open(self, method: str, path: str, body: Any = None, **headers: str) -> Stream:
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection.request(method, path, data,
+                           {name.replace("_", "-"): value for name, value in headers.items()})
+        return Stream(connection)
+
+    def raw(self, data: bytes, close: bool = True) -> bytes:
+        """Send these bytes; all that comes back until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(data)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def conversation(self, text: str) -> None:
+        """Play a transcript, and compare all of it with what happened.
+
+        Sections begin in the first column: `client sends METHOD PATH`, `ollama is asked METHOD
+        PATH`, `ollama answers STATUS`, `client gets STATUS TYPE`; what is indented is their body.
+        JSON is compared as JSON, ids and times are masked. Chunks of a stream leave out id, object,
+        created and model where they are those of the chunk before."""
+        wanted = sections(text)
+        self.ollama.scripts = [Script([step for part in body.splitlines() for step in steps(part)],
+                                      int(words.split()[0]),
+                                      "application/x-ndjson" if words == "200" else "application/json")
+                               for kind, words, body in wanted if kind == "ollama answers"]
+        _, words, body = wanted[0]
+        method, path, *headers = words.split(" ")
+        reply = self.ask(method, path, json.loads(body) if body.strip() else None,
+                         **dict(header.split(":", 1) for header in headers))
+        asked = iter(self.ollama.asked)
+        happened = []
+        for kind, words, body in wanted:
+            if kind == "ollama is asked":
+                path, question = next(asked, ("nothing", None))
+                words, body = "POST " + path, json.dumps(question)
+            elif kind == "client gets":
+                words, body = f"{reply.status} {reply.kind}", without_repetition(reply.text)
+            happened.append((kind, words, tokens(body)))
+        self.assertEqual([(kind, words, tokens(body)) for kind, words, body in wanted], happened)
+        self.assertEqual(list(asked), [], "Ollama was asked more than the transcript says")
+        self.assertEqual(self.ollama.scripts, [], "Ollama was asked less than the transcript says")
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: Dict[str, str]
+    text: str
+
+    @property
+    def kind(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Stream:
+    """A reply that is still coming."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self.connection = connection
+        self.got = b""
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.connection.close()
+
+    @property
+    def response(self) -> http.client.HTTPResponse:
+        if not hasattr(self, "_response"):
+            self._response = self.connection.getresponse()
+        return self._response
+
+    def until(self, mark: bytes) -> bytes:
+        """Read on until `mark` has come."""
+        while mark not in self.got:
+            data = self.response.read1(65536)
+            if not data:
+                raise AssertionError(f"the reply ended without {mark!r}: {self.got!r}")
+            self.got += data
+        return self.got
+
+    def reply(self) -> Reply:
+        text = (self.got + self.response.read()).decode()
+        headers = {name.lower(): value for name, value in self.response.getheaders()}
+        self.response.close()
+        return Reply(self.response.status, headers, text)
+
+
+def sections(text: str) -> List[Tuple[str, str, str]]:
+    found: List[List[str]] = []
+    for part in textwrap.dedent(text).strip().splitlines():
+        heading = re.match(r"(client sends|ollama is asked|ollama answers|client gets) (.*)", part)
+        if heading:
+            found.append([heading[1], heading[2], ""])
+        else:
+            found[-1][2] += part.strip() + "\n"
+    return [(kind, words, body) for kind, words, body in found]
+
+
+def steps(text: str) -> List[Any]:
+    """A line of `ollama answers`: thinking TEXT, content TEXT, done REASON COUNTS, CUT, or JSON."""
+    word, _, rest = text.partition(" ")
+    if word == "thinking":
+        return [thinking(json.loads(rest))]
+    if word == "content":
+        return [content(json.loads(rest))]
+    if word == "done":
+        reason, prompt, answer = rest.split()
+        return [done(reason, int(prompt), int(answer))]
+    return [CUT] if word == CUT else [json.loads(text)]
+
+
+MASKS = ((r'"(msg_|chatcmpl-|req_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
+
+
+def tokens(text: str) -> List[str]:
+    """Words, and JSON values in one spelling, with ids and times masked."""
+    position = 0
+    found: List[str] = []
+    while True:
+        position += len(text[position:]) - len(text[position:].lstrip())
+        if position == len(text):
+            return found
+        try:
+            value, position = json.JSONDecoder().raw_decode(text, position)
+            spelled = json.dumps(value, sort_keys=True)
+            for pattern, mask in MASKS:
+                spelled = re.sub(pattern, mask, spelled)
+        except ValueError:
+            spelled = text[position:].split(None, 1)[0]
+            position += len(spelled)
+        found.append(spelled)
+
+
+def without_repetition(text: str) -> str:
+    before: Dict[str, Any] = {}
+    parts = []
+    for part in text.splitlines():
+        if part.startswith("data: {"):
+            frame = json.loads(part[6:])
+            same = [key for key in ("id", "object", "created", "model")
+                    if key in frame and frame[key] == before.get(key)]
+            before = frame
+            part = "data: " + json.dumps({key: frame[key] for key in frame if key not in same})
+        parts.append(part)
+    return "\n".join(parts)
+
+
+# ---- Conversations: Chat Completions -------------------------------------------------------------
+
+class ChatConversations(ServerCase):
+
+    def test_who_does_not_mention_stream_and_is_no_sdk_gets_a_stream(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                content " sky"
+                done stop 7 6
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "phi4:latest", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": "The"}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": " sky"}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {}, "finish_reason": "stop"}]}
+                data: [DONE]
+            """)
+
+    def test_stream_false_gives_one_object(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": false, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Gr\u00fc\u00dfe"
+                content " \ud83d\ude00"
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "plain",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
+                   {"role": "assistant", "content": "Gr\u00fc\u00dfe \ud83d\ude00", "refusal": null}}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}}
+            """)
+
+    def test_an_empty_answer_is_a_role_and_a_finish(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"messages": [{"role": "user", "content": "[EMPTY]"}]}
+            ollama answers 200
+                done stop 7 1
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "[EMPTY]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "phi4:latest", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {}, "finish_reason": "stop"}]}
+                data: [DONE]
+            """)
+
+    def test_every_setting_reaches_ollama_and_usage_comes_when_asked_for(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": true, "stream_options": {"include_usage": true},
+                 "max_tokens": 99, "max_completion_tokens": 3, "temperature": 0, "top_p": 0.5,
+                 "seed": 1, "frequency_penalty": 0.1, "presence_penalty": -0.1, "n": 1,
+                 "reasoning_effort": "none", "system": "Be brief.", "stop": null,
+                 "messages": [{"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+                              {"role": "user", "content": [{"type": "text", "text": "[LOOP]"},
+                                                           {"type": "text", "text": "Go."}]}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Be brief.\n\nBe kind."},
+                   {"role": "user", "content": "[LOOP]\n\nGo."}],
+                 "options": {"num_predict": 3, "temperature": 0, "top_p": 0.5, "seed": 1,
+                             "frequency_penalty": 0.1, "presence_penalty": -0.1},
+                 "stream": true, "truncate": false}
+            ollama answers 200
+                content " one"
+                done length 7 3
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "plain", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": " one"}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {}, "finish_reason": "length"}]}
+                data: {"choices": [],
+                       "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}
+                data: [DONE]
+            """)
+
+    def test_reasoning_comes_and_goes_under_both_names_and_late_system_text_stays_in_place(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "think", "stream": true, "reasoning_effort": "xhigh", "messages": [
+                   {"role": "user", "content": "1"},
+                   {"role": "assistant", "content": null, "reasoning_content": "Hm."},
+                   {"role": "system", "content": "Now in French."},
+                   {"role": "assistant", "content": "2", "reasoning": "Ah."},
+                   {"role": "user", "content": "[THINK]"}]}
+            ollama is asked POST /api/chat
+                {"model": "think", "think": "max", "messages": [
+                   {"role": "user", "content": "1"},
+                   {"role": "assistant", "content": "", "thinking": "Hm."},
+                   {"role": "user", "content": "Now in French."},
+                   {"role": "assistant", "content": "2", "thinking": "Ah."},
+                   {"role": "user", "content": "[THINK]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "I should"
+                content "Answer"
+                done stop 7 12
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "think", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null, "finish_reason": null,
+                       "delta": {"reasoning_content": "I should", "reasoning": "I should"}}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": "Answer"}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {}, "finish_reason": "stop"}]}
+                data: [DONE]
+            """)
+
+    def test_reasoning_that_ollama_refuses_is_asked_for_in_another_way(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": false, "reasoning": {"effort": "max"},
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "think": "max", "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "invalid think value: \"max\" (must be \"high\", \"medium\", \"low\", true, or false)"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "think": true, "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "\"plain\" does not support thinking"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Blue."
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "plain",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
+                   {"role": "assistant", "content": "Blue.", "refusal": null}}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}}
+            """)
+
+    def test_a_stop_text_is_found_across_tokens_and_not_sent_to_ollama(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"stream": true, "stop": ["a gam", "zzz"], "messages": [{"role": "user", "content": "[STOP]"}]}
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "[STOP]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "alpha"
+                content " beta"
+                content " gamma"
+                done stop 7 4
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "phi4:latest", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": "alph"}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": "a bet"}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {}, "finish_reason": "stop"}]}
+                data: [DONE]
+            """)
+
+    def test_a_model_that_is_not_installed_is_a_404_on_a_stream_too(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "nope", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "nope", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 404
+                {"error": "model 'nope' not found"}
+            client gets 404 application/json
+                {"error": {"message": "model: \"nope\" is not installed in Ollama. Installed: plain:latest, hf.co/someone/think:latest. To install it: ollama pull nope",
+                           "type": "not_found_error", "param": "model", "code": "model_not_found"}}
+            """)
+
+    def test_a_stream_that_is_cut_ends_in_an_error_and_without_done(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                CUT
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "phi4:latest", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": "The"}, "finish_reason": null}]}
+                data: {"error": {"message": "Ollama's answer broke off: IncompleteRead(0 bytes read).",
+                       "type": "api_error", "param": null, "code": null}}
+            """)
+
+    def test_an_answer_that_just_ends_is_not_whole(self) -> None:
+        # As up to 0.32 after 30 equal tokens: recorded as `same-token`.
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"stream": false, "messages": [{"role": "user", "content": "[SAME]"}]}
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "[SAME]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content " same"
+                content " same"
+            client gets 502 application/json
+                {"error": {"message": "Ollama's answer broke off: it ended without saying that it was done.",
+                           "type": "api_error", "param": null, "code": null}}
+            """)
+
+    def test_a_runner_that_dies_in_mid_answer_is_an_error_frame(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"stream": true, "messages": [{"role": "user", "content": "[LOOP]"}]}
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "[LOOP]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content " one"
+                {"error": "an error was encountered while running the model: unexpected EOF"}
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "phi4:latest", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"index": 0, "logprobs": null,
+                       "delta": {"content": " one"}, "finish_reason": null}]}
+                data: {"error": {"message": "Ollama failed: an error was encountered while running the model: unexpected EOF",
+                       "type": "api_error", "param": null, "code": null}}
+            """)
+
+    def test_a_prompt_that_is_too_long_is_told_with_ollamas_numbers(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"stream": true, "messages": [{"role": "user", "content": "word word"}]}
+            ollama is asked POST /api/chat
+                {"model": "phi4:latest", "messages": [{"role": "user", "content": "word word"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "{\"error\":{\"code\":400,\"message\":\"request (45007 tokens) exceeds the available context size (512 tokens), try increasing it\",\"type\":\"exceed_context_size_error\",\"n_prompt_tokens\":45007,\"n_ctx\":512}}"}
+            client gets 400 application/json
+                {"error": {"message": "This model's maximum context length is 512 tokens. However, your messages resulted in 45007 tokens.",
+                           "type": "invalid_request_error", "param": null, "code": "context_length_exceeded"}}
+            """)
+
+
+# ---- Conversations: Anthropic Messages -----------------------------------------------------------
+
+class MessagesConversations(ServerCase):
+
+    def test_a_plain_question_gets_one_message(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "max_tokens": 100, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                content " sky"
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "text", "text": "The sky"}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_a_stream_has_blocks_that_open_and_close_in_turn(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "think", "max_tokens": 100, "stream": true,
+                 "thinking": {"type": "enabled", "budget_tokens": 1024},
+                 "messages": [{"role": "user", "content": "[THINK]"}]}
+            ollama is asked POST /api/chat
+                {"model": "think", "think": true, "messages": [{"role": "user", "content": "[THINK]"}],
+                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "I should"
+                thinking " think"
+                content "Answer"
+                thinking "More."
+                done length 7 12
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "think", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 2, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "thinking_delta", "thinking": "I should"}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "thinking_delta", "thinking": " think"}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "signature_delta", "signature": ""}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 0}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 1,
+                       "content_block": {"type": "text", "text": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 1,
+                       "delta": {"type": "text_delta", "text": "Answer"}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 1}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 2,
+                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 2,
+                       "delta": {"type": "thinking_delta", "thinking": "More."}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 2,
+                       "delta": {"type": "signature_delta", "signature": ""}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 2}
+                event: message_delta
+                data: {"type": "message_delta",
+                       "delta": {"stop_reason": "max_tokens", "stop_sequence": null},
+                       "usage": {"input_tokens": 7, "output_tokens": 12,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+                event: message_stop
+                data: {"type": "message_stop"}
+            """)
+
+    def test_claude_codes_system_texts_keep_the_kv_cache_warm(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages?beta=true anthropic_version:2023-06-01
+                {"model": "plain", "temperature": 1, "top_p": 0.5, "top_k": 4,
+                 "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "high"},
+                 "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1f;"},
+                            {"type": "text", "text": "You are Claude Code.", "cache_control": {"type": "ephemeral"}},
+                            {"type": "text", "text": "Be brief."}],
+                 "messages": [{"role": "user", "content": [{"type": "text", "text": "Date: today"},
+                                                           {"type": "text", "text": "Hi"}]},
+                              {"role": "system", "content": [{"type": "text", "text": "Tools: none"}]},
+                              {"role": "assistant", "content": [
+                                 {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                                 {"type": "text", "text": "Hello."}]},
+                              {"role": "system", "content": "Tokens left: 9"},
+                              {"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": "high", "messages": [
+                   {"role": "system", "content": "You are Claude Code.\n\nBe brief.\n\nTools: none"},
+                   {"role": "user", "content": "Date: today\n\nHi"},
+                   {"role": "assistant", "content": "Hello.", "thinking": "Hm."},
+                   {"role": "user", "content": "Tokens left: 9"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "options": {"temperature": 1, "top_p": 0.5, "top_k": 4},
+                 "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "think value \"high\" is not supported for this model"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": true, "messages": [
+                   {"role": "system", "content": "You are Claude Code.\n\nBe brief.\n\nTools: none"},
+                   {"role": "user", "content": "Date: today\n\nHi"},
+                   {"role": "assistant", "content": "Hello.", "thinking": "Hm."},
+                   {"role": "user", "content": "Tokens left: 9"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "options": {"temperature": 1, "top_p": 0.5, "top_k": 4},
+                 "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "Hm."
+                content "Blue."
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "thinking", "thinking": "Hm.", "signature": ""},
+                             {"type": "text", "text": "Blue."}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_the_stop_sequence_that_matched_is_named(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "stop_sequences": ["END", " beta"],
+                 "messages": [{"role": "user", "content": "[STOP]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[STOP]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "alpha"
+                content " beta"
+                content " gamma"
+                done stop 7 4
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "text", "text": "alpha"}],
+                 "stop_reason": "stop_sequence", "stop_sequence": " beta",
+                 "usage": {"input_tokens": 2, "output_tokens": 2,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_a_stream_that_is_cut_ends_in_an_error_and_without_message_stop(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                CUT
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "plain", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 2, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "text", "text": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "text_delta", "text": "The"}}
+                event: error
+                data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
+                       "message": "Ollama's answer broke off: IncompleteRead(0 bytes read)."}}
+            """)
+
+    def test_a_model_that_is_not_installed_is_a_404_on_a_stream_too(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "nope", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "nope", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 404
+                {"error": "model 'nope' not found"}
+            client gets 404 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "not_found_error",
+                 "message": "model: \"nope\" is not installed in Ollama. Installed: plain:latest, hf.co/someone/think:latest. To install it: ollama pull nope"}}
+            """)
+
+    def test_a_prompt_that_is_too_long_is_told_in_the_words_that_claude_code_understands(self) -> None:
+        # Up to 0.29 Ollama gives no numbers: the window of the loaded model, and an estimate.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "messages": [{"role": "user", "content": "word word"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "word word"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "the input length exceeds the context length"}
+            client gets 400 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
+                 "message": "prompt is too long: 513 tokens > 512 maximum"}}
+            """)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+USER = [{"role": "user", "content": "[TEXT]"}]
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+
+# What a client sends, and how the 400 begins that it gets: with the field to blame, which in OpenAI's
+# dialect is `param` as well.
+BAD_BODIES = [
+    (CHAT, {}, "messages: is required"),
+    (CHAT, {"messages": []}, "messages: must not be empty"),
+    (CHAT, {"messages": "Hi"}, "messages: must be a list, not a string"),
+    (CHAT, {"messages": [1]}, "messages.0: must be an object, not an integer"),
+    (CHAT, {"messages": [{"content": "Hi"}]}, "messages.0.role: is required"),
+    (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role: must be one of "),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content: is required"),
+    (CHAT, {"messages": USER + [{"role": "user", "content": 5}]},
+     "messages.1.content: must be a string or a list of blocks, not an integer"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "messages.0.content.0.text: is required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+     "messages.0.content.0.type: must be one of text, refusal, not \"video\""),
+    (CHAT, {"messages": USER, "model": 5}, "model: must be a string, not an integer"),
+    (CHAT, {"messages": USER, "stream": "yes"}, "stream: must be true or false, not a string"),
+    (CHAT, {"messages": USER, "stream_options": {"include_usage": 1}},
+     "stream_options.include_usage: must be true or false"),
+    (CHAT, {"messages": USER, "system": 5}, "system: must be a string or a list of blocks"),
+    (CHAT, {"messages": USER, "temperature": "hot"}, "temperature: must be a number, not a string"),
+    (CHAT, {"messages": USER, "temperature": True}, "temperature: must be a number, not true or false"),
+    (CHAT, {"messages": USER, "max_tokens": 1.5}, "max_tokens: must be an integer, not a number"),
+    (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens: must be at least 1"),
+    (CHAT, {"messages": USER, "n": 2}, "n: must be 1"),
+    (CHAT, {"messages": USER, "stop": 5}, "stop: must be a list, not an integer"),
+    (CHAT, {"messages": USER, "stop": ["a", ""]}, "stop.1: must not be empty"),
+    (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort: must be one of "),
+    (CHAT, {"messages": USER, "reasoning": {"effort": 1}}, "reasoning.effort: must be a string"),
+    (MESSAGES, {}, "messages: is required"),
+    (MESSAGES, {"messages": []}, "messages: must not be empty"),
+    (MESSAGES, {"messages": {}}, "messages: must be a list, not an object"),
+    (MESSAGES, {"messages": [{"role": "developer", "content": "Hi"}]},
+     "messages.0.role: must be one of user, assistant, system, not \"developer\""),
+    (MESSAGES, {"messages": [{"role": "user", "content": 5}]},
+     "messages.0.content: must be a string or a list of blocks, not an integer"),
+    (MESSAGES, {"messages": [{"role": "user", "content": None}]}, "messages.0.content: is required"),
+    (MESSAGES, {"messages": [{"role": "user", "content": ["Hi"]}]},
+     "messages.0.content.0: must be an object, not a string"),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "hologram"}]}]},
+     "messages.0.content.0.type: must be one of "),
+    (MESSAGES, {"messages": USER, "system": 5}, "system: must be a string or a list of blocks"),
+    (MESSAGES, {"messages": USER, "max_tokens": "9"}, "max_tokens: must be an integer, not a string"),
+    (MESSAGES, {"messages": USER, "stop_sequences": "END"}, "stop_sequences: must be a list"),
+    (MESSAGES, {"messages": USER, "stop_sequences": [1]}, "stop_sequences.0: must be a string"),
+    (MESSAGES, {"messages": USER, "thinking": {"type": "deep"}}, "thinking.type: must be one of "),
+    (MESSAGES, {"messages": USER, "thinking": {"type": "adaptive"},
+                "output_config": {"effort": "some"}}, "output_config.effort: must be one of "),
+    (MESSAGES, {"messages": USER, "top_k": None, "stream": 1}, "stream: must be true or false"),
+    (CHAT, b"{nope", "The body is not JSON: Expecting property name"),
+    (CHAT, b"", "The body is not JSON: Expecting value"),
+    (CHAT, b"[1]", "The body must be a JSON object, not a list."),
+    (CHAT, b"null", "The body must be a JSON object, not null."),
+    (CHAT, b'{"temperature": NaN}', "The body is not JSON: NaN is not JSON."),
+    (CHAT, b'{"temperature": 1e999}', "The body is not JSON: 1e999 is not JSON."),
+    (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
+    (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
+    (CHAT, b"[" * 100000, "The body is nested deeper than 200 levels."),
+    (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is nested deeper than 200 levels."),
+    (MESSAGES, b"{", "The body is not JSON: Expecting property name"),
+]
+
+# What Ollama answers, and what the client gets: the recorded texts of 0.12.11 to 0.32.15.
+NATIVE_OVERFLOW = json.dumps({"error": {
+    "code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 45042, "n_ctx": 512,
+    "message": "request (45042 tokens) exceeds the available context size (512 tokens), "
+               "try increasing it"}})
+REFUSALS = [
+    (400, "the input length exceeds the context length", 400, "prompt is too long: 0 tokens > 0"),
+    (400, "input exceeds maximum context length", 400, "prompt is too long: 0 tokens > 0"),
+    (400, "the prompt is longer than the context length currently available to the model; ...", 400,
+     "prompt is too long: 0 tokens > 0"),
+    (400, NATIVE_OVERFLOW, 400, "prompt is too long: 45042 tokens > 512 maximum"),
+    (500, "request (26528 tokens) exceeds the available context size (16384 tokens), try increasing it",
+     400, "prompt is too long: 26528 tokens > 16384 maximum"),
+    (404, "model 'nope' not found", 404, "model 'nope' not found"),
+    (200, "model \"nope\" not found, try pulling it first", 404, "model \"nope\" not found"),
+    (400, "registry.ollama.ai/library/plain:latest does not support tools", 400, "registry.ollama"),
+    (400, "invalid model name", 400, "invalid model name"),
+    (500, "option \"temperature\" must be of type float32", 400, "option \"temperature\" must"),
+    (500, "invalid JSON schema in format", 400, "invalid JSON schema in format"),
+    (500, "invalid format: \"\\\"xml\\\"\"; expected \"json\" or a valid JSON Schema object", 400,
+     "invalid format: "),
+    (500, json.dumps({"error": {"code": 500, "type": "server_error", "message":
+                                "image input is not supported - hint: if this is unexpected, you "
+                                "may need to provide the mmproj"}}), 400, "image input is not supported"),
+    (501, "This server does not support embeddings", 400, "This server does not"),
+    (503, "server busy, please try again.  maximum pending requests exceeded", 503, "server busy"),
+    (500, "llama-server process has terminated: exit status 2", 502, "Ollama failed: llama-server"),
+    (500, "an error was encountered while running the model: unexpected EOF", 502, "Ollama failed: an"),
+    (499, "request canceled", 499, "request canceled"),
+    (302, "", 502, "Ollama failed: Ollama answered 302 without a word"),
+]
+
+JSON_CLIENTS: List[Dict[str, str]] = [
+    {"accept": "application/json"}, {"accept": "*/*", "x-stainless-lang": "python"},
+    {"accept": "*/*", "sec-fetch-mode": "cors", "user-agent": "node"},
+    {"accept": "*/*", "user-agent": "ai/6.0.326 ai-sdk/provider-utils"}, {"user-agent": "ai-sdk/1"}]
+STREAM_CLIENTS: List[Dict[str, str]] = [
+    {}, {"accept": "*/*", "user-agent": "curl/8.5.0"},
+    {"accept": "*/*", "user-agent": "python-requests/2.32"}, {"user-agent": "Python-urllib/3.11"},
+    {"accept": "text/event-stream", "x-stainless-lang": "js"},
+    {"accept": "application/json, text/event-stream"}]
+
+URLS = [
+    ("127.0.0.1:11434", "http://127.0.0.1:11434"), ("example.local", "http://example.local:11434"),
+    ("example.local:99", "http://example.local:99"), (":99", "http://127.0.0.1:99"),
+    ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:99", "http://127.0.0.1:99"),
+    ("http://0.0.0.0:99", "http://127.0.0.1:99"), ("http://a", "http://a:80"),
+    ("https://a/", "https://a:443"), ("https://a:8443/x/", "https://a:8443/x"),
+    ("[::1]", "http://[::1]:11434"), ("[::1]:99", "http://[::1]:99"), ("::1", "http://[::1]:11434"),
+    ("[::]:99", "http://[::1]:99"), (' "a" ', "http://a:11434")]
+
+
+class Tables(ServerCase):
+
+    def test_bad_input_is_a_400_that_names_the_field_first(self) -> None:
+        for path, body, message in BAD_BODIES:
+            with self.subTest(path=path, body=body if len(str(body)) < 200 else "..."):
+                reply = self.ask("POST", path, body)
+                self.assertEqual((reply.status, reply.kind), (400, "application/json"))
+                error = reply.json["error"]
+                self.assertEqual(error["message"][:len(message)], message)
+                self.assertEqual(error["type"], "invalid_request_error")
+                if path == CHAT:
+                    names = re.match(r"([a-z_.0-9]+): ", message)
+                    self.assertEqual(error["param"], names and names[1])
+                else:
+                    self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
+                self.assertEqual(reply.headers["x-should-retry"], "false")
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_refusals_of_ollama(self) -> None:
+        for status, text, ours, message in REFUSALS:
+            with self.subTest(text=text):
+                error = ollama_api.refusal(status, json.dumps({"error": text}))
+                self.assertEqual((error.status, error.message[:len(message)]), (ours, message))
+
+    def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
+        overflow = Script([{"error": "the input length exceeds the context length"}], 400)
+        for body, told in (({"model": "plain"}, "prompt is too long: 10001 tokens > 512 maximum"),
+                           ({"model": "unloaded"}, "prompt is too long: 10001 tokens > 0 maximum")):
+            self.ollama.queue(overflow)
+            reply = self.ask("POST", MESSAGES, {
+                **body, "messages": [{"role": "user", "content": "word" * 10000}]})
+            self.assertEqual((reply.status, reply.json["error"]["message"]), (400, told))
+
+    def test_who_wants_a_stream_without_saying_so(self) -> None:
+        for headers in JSON_CLIENTS:
+            self.assertFalse(ollama_api.wants_stream(headers, "auto"), headers)
+            self.assertTrue(ollama_api.wants_stream(headers, "on"), headers)
+        for headers in STREAM_CLIENTS:
+            self.assertTrue(ollama_api.wants_stream(headers, "auto"), headers)
+        self.assertFalse(ollama_api.wants_stream({"accept": "*/*"}, "off"))
+
+    def test_addresses_of_ollama(self) -> None:
+        for text, url in URLS:
+            self.assertEqual(ollama_api.ollama_url(text), url, text)
+        for text in ("ftp://a", "a b", "http://a@b", "http://a\r\nb"):
+            with self.assertRaises(ValueError, msg=text):
+                ollama_api.ollama_url(text)
+
+    def test_stop_texts_do_not_depend_on_how_the_text_arrives(self) -> None:
+        cases = [("alpha END beta", ["END"], "alpha ", "END"),
+                 ("aabaabaac", ["aabaac"], "aab", "aabaac"),
+                 ("one two", ["two three"], "one two", None),
+                 ("abcd", ["bcd", "abc"], "", "abc"), ("xabc", ["bc", "abc"], "x", "abc"),
+                 ("abcdef", ["abcde", "bc"], "a", "bc"), ("alpha", ["alpha"], "", "alpha"), ("", ["a"], "", None)]
+        chance = random.Random(1)
+        for text, stops, before, matched in cases:
+            for _ in range(50):
+                cuts = sorted(chance.choices(range(len(text) + 1), k=3))
+                pieces = [text[i:j] for i, j in zip([0] + cuts, cuts + [len(text)])]
+                events: List[Event] = [Text(piece) for piece in pieces if piece]
+                events.append(Finish("stop", 7, 6))
+                found: List[Any] = list(ollama_api.until_stop(iter(events), stops, 3))
+                *texts, finish = found
+                with self.subTest(pieces=pieces):
+                    self.assertEqual("".join(part.text for part in texts), before)
+                    self.assertEqual(finish.stop_sequence, matched)
+                    self.assertEqual(finish.reason, "stop_sequence" if matched else "stop")
+
+    def test_a_stop_text_is_not_looked_for_in_thoughts(self) -> None:
+        events: List[Event] = [Text("a E"), Thinking("END"), Text("ND"), Finish("stop", 7, 6)]
+        found = list(ollama_api.until_stop(iter(events), ["END"], 3))
+        self.assertEqual(found, [Text("a "), Text("E"), Thinking("END"), Text("ND"),
+                                 Finish("stop", 7, 6)])
+
+    def test_events_of_both_kinds_differ_even_with_equal_text(self) -> None:
+        self.assertNotEqual(Text("a"), Thinking("a"))
+
+
+class ModelsAndHealth(ServerCase):
+
+    def test_one_list_serves_both_sdks(self) -> None:
+        reply = self.ask("GET", "/v1/models?limit=1000").json
+        self.assertEqual(reply, {
+            "object": "list", "has_more": False, "first_id": "plain:latest",
+            "last_id": "hf.co/someone/think:latest", "data": [
+                {"id": "plain:latest", "object": "model", "created": 1795469777,
+                 "owned_by": "library", "type": "model", "display_name": "plain:latest",
+                 "created_at": "2026-11-23T21:36:17Z"},
+                {"id": "hf.co/someone/think:latest", "object": "model", "created": 1795470742,
+                 "owned_by": "someone", "type": "model", "max_input_tokens": 8192,
+                 "display_name": "hf.co/someone/think:latest", "context_length": 8192,
+                 "created_at": "2026-11-23T21:52:22Z", "capabilities": ["completion", "thinking"]}]})
+
+    def test_no_models_are_an_empty_list(self) -> None:
+        self.ollama.gets["/api/tags"] = {"models": None}
+        self.assertEqual(self.ask("GET", "/v1/models").json, {
+            "object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None})
+
+    def test_one_model_by_any_name_that_requests_may_use(self) -> None:
+        for name in ("plain", "plain:latest", "Plain", "hf.co/someone/think", "hf.co%2Fsomeone%2Fthink:latest"):
+            reply = self.ask("GET", "/v1/models/" + name)
+            self.assertEqual((reply.status, reply.json["id"]), (200, name.replace("%2F", "/")))
+
+    def test_an_unknown_model_is_a_404_in_the_words_of_either_dialect(self) -> None:
+        for headers, key in (({}, "code"), ({"anthropic_version": "2023-06-01"}, "type")):
+            reply = self.ask("GET", "/v1/models/nope", **headers)
+            self.assertEqual(reply.status, 404)
+            self.assertIn(reply.json["error"][key], ("model_not_found", "not_found_error"))
+            self.assertIn("Installed: plain:latest, hf.co", reply.json["error"]["message"])
+
+    def test_health_says_where_ollama_is_and_which(self) -> None:
+        self.assertEqual(self.ask("GET", "/health").json,
+                         {"status": "ok", "ollama": self.ollama.url, "version": "0.32.15"})
+
+    def test_ollama_that_does_not_run_is_a_503_that_says_what_to_do(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+            self.port = self.serve(ollama=url).server_address[1]
+            for path, body in (("/health", None), ("/v1/models", None), (CHAT, {"messages": USER}),
+                               (MESSAGES, {"messages": USER, "stream": True})):
+                reply = self.ask("POST" if body else "GET", path, body)
+                self.assertEqual((reply.status, reply.kind), (503, "application/json"), path)
+                self.assertIn("ollama serve", reply.text)
+        self.assertEqual(reply.headers["x-should-retry"], "false")
+
+    def test_health_is_a_503_when_ollama_hangs(self) -> None:
+        port = self.serve(health_seconds=0.05).server_address[1]
+        script = Script([threading.Event()])
+        self.ollama.gets["/api/version"] = script
+        self.port = port
+        reply = self.ask("GET", "/health")
+        self.assertEqual((reply.status, reply.json["error"]), (503, "Ollama did not answer in time."))
+        self.assertTrue(script.left.wait(PATIENCE))
+
+
+class AliasesAndContext(ServerCase):
+    settings = {"alias": ("claude-*=plain", "*=nope"), "num_ctx": 4096}
+
+    def test_an_alias_answers_for_a_name_that_is_not_installed(self) -> None:
+        self.ollama.queue(Script([{"error": "model 'claude-x' not found"}], 404), Script())
+        reply = self.ask("POST", MESSAGES, {"model": "claude-x", "messages": USER})
+        self.assertEqual((reply.status, reply.json["model"]), (200, "claude-x"))
+        self.assertEqual([body["model"] for _, body in self.ollama.asked], ["claude-x", "plain"])
+        self.assertEqual(self.ask("GET", "/v1/models/claude-x").json["display_name"], "plain:latest")
+
+    def test_an_alias_for_nothing_is_a_404_and_no_loop(self) -> None:
+        missing = Script([{"error": "model 'nope' not found"}], 404)
+        self.ollama.queue(missing, missing)
+        reply = self.ask("POST", CHAT, {"model": "nope", "messages": USER})
+        self.assertEqual((reply.status, len(self.ollama.asked)), (404, 2))
+
+    def test_num_ctx_is_sent_with_every_request(self) -> None:
+        self.ollama.queue(Script())
+        self.ask("POST", CHAT, {"messages": USER, "temperature": 0.5})
+        self.assertEqual(self.ollama.asked[0][1]["options"], {"temperature": 0.5, "num_ctx": 4096})
+
+    def test_num_ctx_is_the_maximum_that_an_overflow_tells(self) -> None:
+        self.ollama.queue(Script([{"error": "the input length exceeds the context length"}], 400))
+        reply = self.ask("POST", CHAT, {"model": "plain", "messages": USER})
+        self.assertIn("maximum context length is 4096 tokens", reply.json["error"]["message"])
+
+
+# ---- HTTP ----------------------------------------------------------------------------------------
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+# The bytes of a request, the status that comes back, and whether the connection stays open.
+RAW = [
+    ("plain", HEALTH + b"\r\n", 200, True),
+    ("empty lines before it", b"\r\n\r\n" + HEALTH + b"\r\n", 200, True),
+    ("asked to close", HEALTH + b"Connection: close\r\n\r\n", 200, False),
+    ("HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", 200, False),
+    ("HTTP/0.9", b"GET /health\r\n\r\n", 400, False),
+    ("HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", 505, False),
+    ("two spaces", b"GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, False),
+    ("no Host", b"GET /health HTTP/1.1\r\n\r\n", 400, False),
+    ("two Hosts", HEALTH + b"Host: localhost\r\n\r\n", 400, False),
+    ("no colon", HEALTH + b"Nonsense\r\n\r\n", 400, False),
+    ("space before the colon", HEALTH + b"Content-Length : 5\r\n\r\n", 400, False),
+    ("folded field", HEALTH + b"A: b\r\n c\r\n\r\n", 400, False),
+    ("bare CR", HEALTH + b"A: b\rContent-Length: 5\r\n\r\n", 400, False),
+    ("bare LF", HEALTH + b"A: b\nContent-Length: 5\r\n\r\n", 400, False),
+    ("NUL", HEALTH + b"A: \0\r\n\r\n", 400, False),
+    ("two lengths", POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400, False),
+    ("signed length", POST + b"Content-Length: +2\r\n\r\n{}", 400, False),
+    ("length with underscore", POST + b"Content-Length: 0_2\r\n\r\n{}", 400, False),
+    ("length and chunks", POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, False),
+    ("unknown coding", POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501, False),
+    ("no length", POST + b"\r\n", 411, True),
+    ("too long", POST + b"Content-Length: 99999999999\r\n\r\n{", 413, False),
+    ("bad chunk size", POST + b"Transfer-Encoding: chunked\r\n\r\n-2\r\n{}\r\n0\r\n\r\n", 400, False),
+    ("chunk longer than it says", POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{}\r\n0\r\n\r\n", 400, False),
+    ("chunk without its end", POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}xx0\r\n\r\n", 400, False),
+    ("compressed", POST + b"Content-Encoding: zstd\r\nContent-Length: 2\r\n\r\n{}", 415, False),
+    ("a GET with a body", HEALTH + b"Content-Length: 2\r\n\r\n{}", 200, False),
+    ("head too large", HEALTH + b"A: " + b"a" * 70000 + b"\r\n\r\n", 431, False),
+    ("too many fields", HEALTH + b"A: b\r\n" * 101 + b"\r\n", 431, False),
+    ("unknown path", b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n", 404, True),
+    ("wrong method", b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 405, True),
+    ("foreign Host", b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403, True),
+    ("Host that begins well", b"GET /health HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n", 403, True),
+    ("Host is an address", b"GET /health HTTP/1.1\r\nHost: [::1]:8000\r\n\r\n", 200, True),
+    ("foreign Origin", HEALTH + b"Origin: https://evil.example\r\n\r\n", 403, True),
+    ("Origin null", HEALTH + b"Origin: null\r\n\r\n", 403, True),
+    ("local Origin", HEALTH + b"Origin: http://localhost:3000\r\nSec-Fetch-Site: cross-site\r\n\r\n", 200, True),
+    ("foreign page", HEALTH + b"Sec-Fetch-Site: cross-site\r\n\r\n", 403, True),
+]
+
+
+class HTTP(ServerCase):
+    settings = {"linger_seconds": 0.2}
+
+    def test_heads_and_bodies(self) -> None:
+        for name, request, status, stays_open in RAW:
+            with self.subTest(name):
+                reply = self.raw(request + (HEALTH + b"Connection: close\r\n\r\n" if stays_open else b""))
+                heads = re.findall(rb"HTTP/1.1 (\d+) [A-Z]", reply)
+                self.assertEqual(heads, [b"%d" % status] + [b"200"] * stays_open)
+                self.assertEqual(reply.count(b"connection: close"), 1)
+                if status >= 400:
+                    body = reply.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1 200")[0]
+                    self.assertIn("message", json.loads(body)["error"])
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_chunked_bodies_with_extensions_and_trailers_are_read(self) -> None:
+        self.ollama.queue(Script())
+        data = json.dumps({"messages": USER, "stream": False}).encode()
+        chunks = b"".join(b"%X;a=b\r\n%s\r\n" % (len(part), part) for part in (data[:5], data[5:]))
+        reply = self.raw(POST + b"Connection: close\r\nTransfer-Encoding: Chunked\r\n\r\n" + chunks
+                         + b"0\r\nTrailer: x\r\n\r\n")
+        self.assertIn(b"The sky is blue.", reply)
+
+    def test_a_body_that_waits_for_a_100_gets_one(self) -> None:
+        self.ollama.queue(Script())
+        data = json.dumps({"messages": USER, "stream": False}).encode()
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data))
+            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(data)
+            self.assertIn(b"200 OK", sock.recv(65536))
+
+    def test_a_413_comes_before_a_100(self) -> None:
+        reply = self.raw(POST + b"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n")
+        self.assertRegex(reply, b"^HTTP/1.1 413 ")
+
+    def test_a_413_arrives_although_the_client_is_still_sending(self) -> None:
+        port = self.serve(body_bytes=1000, linger_seconds=2).server_address[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+            sock.sendall(POST + b"Content-Length: 8000000\r\n\r\n" + b"x" * 8000000)
+            self.assertRegex(sock.recv(65536), b"^HTTP/1.1 413 ")
+
+    def test_a_head_that_does_not_come_to_its_end_is_a_408(self) -> None:
+        self.port = self.serve(head_seconds=0.05, linger_seconds=0.05).server_address[1]
+        self.assertRegex(self.raw(b"GET /health HT"), b"^HTTP/1.1 408 ")
+
+    def test_a_connection_without_requests_is_closed(self) -> None:
+        self.port = self.serve(idle_seconds=0.05).server_address[1]
+        self.assertEqual(self.raw(b""), b"")
+
+    def test_requests_on_one_connection_are_answered_in_order(self) -> None:
+        self.ollama.queue(Script(), Script())
+        data = json.dumps({"messages": USER}).encode()
+        post = POST + b"Content-Length: %d\r\n\r\n" % len(data) + data
+        reply = self.raw(post + HEALTH + b"\r\n" + post + b"GET /nope HTTP/1.1\r\n"
+                         b"Connection: close\r\nHost: localhost\r\n\r\n")
+        self.assertEqual(re.findall(rb"HTTP/1.1 (\d+)|data: \[(DONE)\]", reply),
+                         [(b"200", b""), (b"", b"DONE"), (b"200", b""), (b"200", b""),
+                          (b"", b"DONE"), (b"404", b"")])
+
+    def test_an_http_1_0_client_gets_a_stream_without_chunks(self) -> None:
+        self.ollama.queue(Script())
+        data = json.dumps({"messages": USER}).encode()
+        reply = self.raw(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        head, _, body = reply.partition(b"\r\n\r\n")
+        self.assertNotIn(b"transfer-encoding", head)
+        self.assertTrue(body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n"), body)
+
+    def test_paths_that_clients_get_wrong(self) -> None:
+        for path in ("/v1/v1/messages", "/messages", "/v1/messages/", "//v1/messages", "/v1/messages?beta=true"):
+            self.ollama.queue(Script())
+            self.assertEqual(self.ask("POST", path, {"messages": USER}).json["type"], "message", path)
+
+    def test_errors_speak_the_dialect_of_the_path_or_of_the_client(self) -> None:
+        for path, headers, anthropic in (
+                ("/v1/messages/batches", {}, True), ("/v1/messages", {}, True), ("/v1/nope", {}, False),
+                ("/v1/nope", {"anthropic_version": "2023-06-01"}, True), ("/v1/models/x", {}, False)):
+            reply = self.ask("GET", path, **headers)
+            self.assertIn(reply.status, (404, 405))
+            self.assertEqual("request_id" in reply.json, anthropic, path)
+
+    def test_head_options_and_the_methods_that_are_allowed(self) -> None:
+        head = self.ask("HEAD", "/")
+        self.assertEqual((head.status, head.text), (200, ""))
+        self.assertGreater(int(head.headers["content-length"]), 0)
+        self.assertEqual(self.ask("OPTIONS", "/v1/messages").headers["allow"], "OPTIONS, POST")
+        refused = self.ask("GET", "/v1/chat/completions")
+        self.assertEqual((refused.status, refused.headers["allow"]), (405, "OPTIONS, POST"))
+
+    def test_fields_without_effect_are_named_and_cannot_break_the_head(self) -> None:
+        for path, body, ignored in (
+                (CHAT, {"user": "me", "tools": None, "a\r\nb": 1}, "?, user"),
+                (CHAT, {"stream_options": {"include_usage": True, "include_obfuscation": False},
+                        "reasoning": {"effort": "low", "summary": "auto"}},
+                 "reasoning.summary, stream_options.include_obfuscation"),
+                (MESSAGES, {"metadata": {"user_id": "me"}, "thinking": {"type": "disabled", "display": "x"},
+                            "output_config": {"format": {}, "effort": "low"}},
+                 "metadata, output_config.format, thinking.display"),
+                (MESSAGES, {"system": "Hi"}, None)):
+            self.ollama.queue(Script())
+            reply = self.ask("POST", path, {"messages": USER, **body})
+            self.assertEqual((reply.status, reply.headers.get("x-ignored-fields")), (200, ignored))
+
+    def test_every_reply_has_an_id_that_the_sdks_find(self) -> None:
+        reply = self.ask("GET", "/health")
+        self.assertRegex(reply.headers["request-id"], "^req_[0-9a-f]{24}$")
+        self.assertEqual(reply.headers["request-id"], reply.headers["x-request-id"])
+
+    def test_a_bug_of_ours_is_a_500_without_inner_details(self) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyError("secret")
+        with mock.patch.object(ollama_api.Ollama, "models", fail):
+            reply = self.ask("GET", "/v1/models")
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (500, "api_error"))
+        self.assertNotIn("secret", reply.text)
+        self.assertIn("KeyError: 'secret'", "".join(LOG))
+        del LOG[:]
+
+    def test_the_log_has_a_line_a_request_without_query_prompt_or_control_bytes(self) -> None:
+        self.ollama.queue(Script())
+        self.ask("POST", CHAT + "?key=secret", {"messages": USER, "model": "a\nb"})
+        self.eventually(lambda: LOG)
+        self.assertRegex(LOG[0], "^POST /v1/chat/completions a\nb 200 first=.*s in=7 out=6 .*/s total=")
+        with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
+            REAL_LOG(LOG[0] + "\x1b[31m")
+        self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
+
+    def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
+        closed = io.StringIO()
+        closed.close()
+        for stderr in (closed, None):
+            with mock.patch("sys.stderr", stderr):
+                REAL_LOG("a line")
+
+
+class Keys(ServerCase):
+    settings = {"api_key": ("first", "sch\u00f6n")}
+
+    def test_a_key_is_taken_in_either_form_and_its_absence_is_a_401(self) -> None:
+        secret = "sch\u00f6n".encode().decode("latin-1")
+        for headers, status in (({}, 401), ({"x_api_key": "wrong"}, 401), ({"x_api_key": "first"}, 200),
+                                ({"authorization": "Bearer first"}, 200), ({"authorization": "first"}, 200),
+                                ({"authorization": "bearer " + secret}, 200), ({"x_api_key": ""}, 401)):
+            with self.subTest(headers):
+                self.assertEqual(self.ask("GET", "/v1/models", **headers).status, status)
+
+    def test_without_a_key_the_body_is_not_used(self) -> None:
+        reply = self.raw(POST + b"Connection: close\r\nContent-Length: 99\r\n\r\n")
+        self.assertRegex(reply, b"^HTTP/1.1 401 ")
+
+
+# ---- Behaviour over time -------------------------------------------------------------------------
+
+class OverTime(ServerCase):
+    settings = {"ping": 0.05}
+
+    def test_a_frame_arrives_while_ollama_is_still_producing(self) -> None:
+        for path, mark in ((CHAT, b'"content": "The"'), (MESSAGES, b'"text": "The"')):
+            gate = threading.Event()
+            self.ollama.queue(Script([content("The"), gate, content(" sky"), done()]))
+            with self.open("POST", path, {"messages": USER, "stream": True}) as stream:
+                self.assertNotIn(b" sky", stream.until(mark))
+                gate.set()
+                stream.until(b" sky")
+
+    def test_silence_before_and_after_the_first_token_is_filled_with_pings(self) -> None:
+        for path, ping, end in ((CHAT, b": ping\n\n", b"[DONE]"),
+                                (MESSAGES, b'event: ping\ndata: {"type": "ping"}\n\n', b"message_stop")):
+            before, after = threading.Event(), threading.Event()
+            self.ollama.queue(Script([before, content("The"), after, done()]))
+            with self.open("POST", path, {"messages": USER, "stream": True}) as stream:
+                self.assertTrue(stream.until(ping * 2).startswith(ping))
+                before.set()
+                stream.until(b"The")
+                stream.got = b""
+                stream.until(ping * 2)
+                after.set()
+                stream.until(end)
+
+    def test_an_error_after_a_ping_travels_as_an_event(self) -> None:
+        for path, event in ((CHAT, b'\n\ndata: {"error": {"message": "Ollama failed: boom"'),
+                            (MESSAGES, b'\n\nevent: error\ndata: {"type": "error"')):
+            gate = threading.Event()
+            self.ollama.queue(Script([gate, {"error": "boom"}], 500))
+            with self.open("POST", path, {"messages": USER, "stream": True}) as stream:
+                stream.until(b"ping")
+                gate.set()
+                stream.until(event)
+                self.assertEqual(stream.reply().status, 200)
+
+    def test_a_client_that_does_not_stream_gets_no_pings(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        with self.open("POST", MESSAGES, {"messages": USER}) as stream:
+            self.assertTrue(script.waits.wait(PATIENCE))
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            self.assertEqual(stream.reply().json["content"][0]["text"], "The sky is blue.")
+
+    def test_a_client_that_leaves_frees_the_model(self) -> None:
+        for path, stream, first in itertools.product((CHAT, MESSAGES), (True, False), (True, False)):
+            with self.subTest(path=path, stream=stream, after_the_first_token=first):
+                script = self.ollama.queue(Script([content("The")] * first + [threading.Event()]))
+                connection = self.open("POST", path, {"messages": USER, "stream": stream})
+                self.assertTrue(script.waits.wait(PATIENCE))
+                if first and stream:
+                    connection.until(b"The")
+                left = time.monotonic()
+                with connection:
+                    pass
+                self.assertTrue(script.left.wait(PATIENCE), "Ollama still generates")
+                self.assertLess(time.monotonic() - left, 0.5)
+
+    def test_a_reset_by_the_client_frees_the_model(self) -> None:
+        script = self.ollama.queue(Script([content("The"), threading.Event()]))
+        stream = self.open("POST", CHAT, {"messages": USER})
+        stream.until(b"The")
+        stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        with stream:
+            pass
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_stop_text_frees_the_model(self) -> None:
+        script = self.ollama.queue(Script([content("a END"), threading.Event()]))
+        reply = self.ask("POST", CHAT, {"messages": USER, "stop": "END"})
+        self.assertIn("[DONE]", reply.text)
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_client_that_sends_its_next_request_early_has_not_left(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        data = json.dumps({"messages": USER, "stream": False}).encode()
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+            self.assertTrue(script.waits.wait(PATIENCE))
+            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            reply = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertIn(b"The sky is blue.", reply)
+        self.assertIn(b'"status": "ok"', reply)
+
+    def test_tokens_that_arrive_together_leave_together(self) -> None:
+        burst = b"".join(json.dumps(each).encode() + b"\n" for each in SKY)
+        self.ollama.queue(Script([burst]))
+        data = json.dumps({"messages": USER}).encode()
+        reply = self.raw(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        body = reply.partition(b"\r\n\r\n")[2]
+        self.assertEqual(body.count(b"data: "), 8)
+        self.assertEqual(len(re.findall(rb"(?m)^[0-9a-f]+\r\n", body)), 2)       # one chunk, and the end
+
+    def test_a_fast_ollama_does_not_fill_the_memory(self) -> None:
+        line_ = json.dumps(content("word ")).encode() + b"\n"
+        self.ollama.queue(Script([line_ * 5000, done()]))
+        data = json.dumps({"messages": USER}).encode()
+        reply = self.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                         b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        chunks = re.split(rb"(?m)^[0-9a-f]+\r\n", reply)
+        self.assertEqual(reply.count(b"word "), 5000)
+        self.assertLessEqual(max(chunk.count(b"data: ") for chunk in chunks), 256)
+
+    def test_parallel_streams_do_not_mix(self) -> None:
+        def echo(body: Any) -> Script:
+            words = body["messages"][0]["content"].split(" ")
+            return Script([content(word + " ") for word in words] + [done()])
+        self.ollama.forever = echo
+
+        def one(number: int) -> None:
+            path = (CHAT, MESSAGES)[number % 2]
+            words = " ".join(f"{number}-{n}" for n in range(20))
+            with self.open("POST", path, {"messages": [{"role": "user", "content": words}]}) as stream:
+                text = stream.reply().text
+            answers[number] = set(re.findall(r"(\d+)-\d+", text))
+        answers: Dict[int, Any] = {}
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(answers, {number: {str(number)} for number in range(20)})
+
+    def test_too_many_requests_are_a_503_while_health_still_answers(self) -> None:
+        self.port = self.serve(running=1).server_address[1]
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            self.assertTrue(script.waits.wait(PATIENCE))
+            refused = self.ask("POST", MESSAGES, {"messages": USER})
+            self.assertEqual((refused.status, refused.headers["retry-after"]), (503, "1"))
+            self.assertEqual(refused.json["error"]["type"], "overloaded_error")
+            self.assertNotIn("x-should-retry", refused.headers)
+            self.assertEqual(self.ask("GET", "/health").status, 200)
+            gate.set()
+            stream.until(b"[DONE]")
+
+    def test_what_an_ollama_may_send_that_is_no_answer(self) -> None:
+        for steps_, status, words in (
+                ([b"{broken\n"], 502, "not JSON"), ([b"[1]\n"], 502, "not an object"),
+                ([CUT], 502, "IncompleteRead"), ([], 502, "without saying that it was done"),
+                ([content("a"), b'{"message": "b"}\n'], 502, "Ollama failed"),
+                ([json.dumps(done()).encode()], 200, "stop"),            # no newline at the end
+                ([*SKY, b"{broken\n"], 200, "The sky is blue."),          # after the answer: no matter
+                ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], 200, "\\u00fc")):
+            with self.subTest(words):
+                self.ollama.queue(Script(steps_))
+                reply = self.ask("POST", CHAT, {"messages": USER, "stream": False})
+                self.assertEqual(reply.status, status, reply.text)
+                self.assertIn(words, reply.text)
+
+
+# ---- Starting and stopping -----------------------------------------------------------------------
+
+# A shell starts what it runs in the background with SIGINT ignored, and children would inherit it.
+take_sigint = None if os.name == "nt" else functools.partial(
+    signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+class Process(unittest.TestCase):
+    """The file as a user starts it, from a folder that holds nothing else."""
+
+    def start(self, *options: str, **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
+        inherited = {name: value for name, value in os.environ.items()
+                     if not name.startswith(("OLLAMA", "PYTHON"))}
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(HERE / "ollama_api.py"), "--port", "0", *options],
+            env={**inherited, **environ}, text=True, preexec_fn=take_sigint, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        assert process.stdout
+        banner = [process.stdout.readline().rstrip() for _ in range(3)]
+        return process, banner, int(banner[0].rpartition(":")[2])
+
+    def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
+        _, banner, port = self.start("--demo")
+        self.assertRegex(banner[0], r"^ollama_api.py \S+ listens on http://localhost:\d+$")
+        self.assertRegex(banner[1], r"^Ollama demo at http://127.0.0.1:\d+, models: demo:latest$")
+        found = re.match(r"Try: curl (\S+) -d ['\"](.*)['\"]$", banner[2])
+        assert found, banner[2]
+        data = found[2].replace('\\"', '"').encode()
+        with urllib.request.urlopen(found[1].replace("localhost", "127.0.0.1"), data, PATIENCE) as reply:
+            text = reply.read().decode()
+        words = re.findall(r'"content": "([^"]+)"', text)
+        self.assertEqual("".join(words), "This is a demo: no model is running. You said: Hello!")
+        self.assertTrue(text.endswith("data: [DONE]\n\n"))
+
+    def test_an_ollama_that_does_not_run_does_not_stop_the_start(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            address = f"0.0.0.0:{unused.getsockname()[1]}"
+            _, banner, _ = self.start(OLLAMA_HOST=address)
+        self.assertIn(f"Ollama does not answer at http://127.0.0.1:{address[8:]}", banner[1])
+        self.assertIn("ollama serve", banner[1])
+
+    def test_a_port_in_use_is_one_line(self) -> None:
+        with socket.socket() as used:
+            used.bind(("127.0.0.1", 0))
+            used.listen()
+            port = str(used.getsockname()[1])
+            process = subprocess.run([sys.executable, "-I", str(HERE / "ollama_api.py"), "--port", port],
+                                     capture_output=True, text=True, timeout=30)
+        self.assertEqual(process.returncode, 1)
+        self.assertRegex(process.stderr, rf"^ollama_api.py: cannot listen on 127.0.0.1 port {port}: .*\n$")
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_sigterm_and_ctrl_c_let_running_streams_end(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            ollama = ScriptedOllama()
+            self.addCleanup(ollama.server_close)
+            self.addCleanup(ollama.shutdown)
+            gate = threading.Event()
+            ollama.queue(Script([content("The"), gate, done()]))
+            process, _, port = self.start("--ollama", ollama.url)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request("POST", CHAT, json.dumps({"messages": USER}))
+            with Stream(connection) as stream:
+                stream.until(b"The")
+                process.send_signal(number)
+                self.assertTrue(refused("127.0.0.1", port), "it still accepts")
+                gate.set()
+                stream.until(b"[DONE]")
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_second_signal_ends_at_once(self) -> None:
+        ollama = ScriptedOllama()
+        self.addCleanup(ollama.server_close)
+        self.addCleanup(ollama.shutdown)
+        ollama.queue(Script([content("The"), threading.Event()]))
+        process, _, port = self.start("--ollama", ollama.url)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("POST", CHAT, json.dumps({"messages": USER}))
+        with Stream(connection) as stream:
+            stream.until(b"The")
+            process.send_signal(signal.SIGTERM)
+            self.assertTrue(refused("127.0.0.1", port))
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(2), -signal.SIGTERM)
+
+
+def refused(host: str, port: int) -> bool:
+    """Whether, within PATIENCE, a port stops to accept connections."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            time.sleep(0.01)
+        except ConnectionError:
+            return True
+    return False
+
+
+class CommandLine(unittest.TestCase):
+
+    def parse(self, *argv: str, **environ: str) -> Config:
+        return ollama_api.parse_args(argv, environ)
+
+    def test_the_command_line_goes_before_the_environment_and_that_before_the_default(self) -> None:
+        self.assertEqual(self.parse(), Config(ollama="http://127.0.0.1:11434"))
+        environ = {"OLLAMA_API_PORT": "9", "OLLAMA_HOST": "a:1", "OLLAMA_API_ALIAS": "a=b,c=d",
+                   "OLLAMA_API_SERVER_KEY": "k1,k2", "OLLAMA_API_DEMO": "1", "OLLAMA_API_KEY": "up",
+                   "OLLAMA_API_NUM_CTX": "4096", "OLLAMA_API_PING": "0.5"}
+        config = self.parse(**environ)
+        self.assertEqual(config, Config(port=9, ollama="http://a:1", alias=("a=b", "c=d"), demo=True,
+                                        api_key=("k1", "k2"), num_ctx=4096, ping=0.5, ollama_key="up"))
+        config = self.parse("--port", "8", "--ollama", "https://b", "--alias", "x=y", **environ)
+        self.assertEqual((config.port, config.ollama), (8, "https://b:443"))
+        self.assertIn("x=y", config.alias)
+
+    def test_what_is_wrong_is_said_in_a_line_and_names_the_option(self) -> None:
+        for argv, name in ((["--port", "x"], "--port"), (["--port", "65536"], "--port"),
+                           (["--ping", "0"], "--ping"), (["--ollama", "ftp://a"], "--ollama"),
+                           (["--alias", "a"], "--alias"), (["--num-ctx", "0"], "--num-ctx"),
+                           (["--host", "0.0.0.0"], "--host"), (["--default-stream", "x"], "--default"),
+                           (["--nonsense"], "--nonsense")):
+            with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
+                with self.assertRaises(SystemExit) as stopped:
+                    self.parse(*argv)
+            self.assertEqual(stopped.exception.code, 2)
+            self.assertIn(name, stderr.getvalue().splitlines()[-1])
+
+    def test_an_address_for_others_needs_a_key_or_a_word(self) -> None:
+        self.assertEqual(self.parse("--host", "0.0.0.0", "--api-key", "k").host, "0.0.0.0")
+        self.assertEqual(self.parse("--host", "0.0.0.0", "--insecure").host, "0.0.0.0")
+
+
+# ---- Real SDKs -----------------------------------------------------------------------------------
+# The two official ones, in whatever generation is installed: .ci/run brings the current one and the
+# last that runs on Python 3.8.
+
+try:
+    import anthropic
+except ImportError:
+    anthropic = None  # type: ignore[assignment]
+try:
+    import openai
+except ImportError:
+    openai = None  # type: ignore[assignment]
+
+
+def needs(sdk: Any, name: str) -> Callable[[Any], Any]:
+    """Skip without the SDK; but fail where CI is set, so that nobody takes a skip for a pass."""
+    return unittest.skipUnless(sdk or os.environ.get("CI"), f"the {name} SDK is not installed")
+
+
+class SDKCase(ServerCase):
+    settings = {"ping": 0.05}
+    url = ""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+
+@needs(anthropic, "anthropic")
+class AnthropicSDK(SDKCase):
+    QUESTION: Dict[str, Any] = {"model": "plain", "max_tokens": 100, "messages": USER}
+
+    def client(self, suffix: str = "") -> Any:
+        client = anthropic.Anthropic(base_url=self.url + suffix, api_key="none")
+        self.addCleanup(client.close)
+        return client
+
+    def test_create(self) -> None:
+        self.ollama.queue(Script(), Script())
+        for suffix in ("", "/v1"):                            # either base URL does
+            message = self.client(suffix).messages.create(**self.QUESTION)
+            self.assertEqual([block.text for block in message.content], ["The sky is blue."])
+            self.assertEqual((message.stop_reason, message.stop_sequence), ("end_turn", None))
+            self.assertEqual((message.usage.input_tokens, message.usage.output_tokens), (7, 6))
+            self.assertRegex(message._request_id, "^req_")
+
+    def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_message(self) -> None:
+        gate = threading.Event()
+        thoughts = [thinking("I should"), thinking(" think"), content("Answer"), done("length", 7, 12)]
+        question = {**self.QUESTION, "model": "think", "thinking": {"type": "enabled", "budget_tokens": 50}}
+        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
+        timer = threading.Timer(0.3, gate.set)                # six pings
+        timer.start()
+        self.addCleanup(timer.join)
+        with self.client().messages.stream(**question) as stream:
+            kinds = [event.type for event in stream]
+            streamed = stream.get_final_message()
+        whole = self.client().messages.create(**question)
+        self.assertEqual(whole.content[0].thinking, "I should think")
+        self.assertEqual(whole.content[1].text, "Answer")
+        self.assertEqual(kinds[0], "message_start")
+        self.assertEqual(kinds[-1], "message_stop")
+        self.assertEqual(comparable(streamed), comparable(whole))
+
+    def test_async(self) -> None:
+        self.ollama.forever = lambda body: Script()
+
+        async def texts() -> List[str]:
+            async with anthropic.AsyncAnthropic(base_url=self.url, api_key="none") as client:
+                async def one() -> str:
+                    async with client.messages.stream(**self.QUESTION) as stream:
+                        return "".join([text async for text in stream.text_stream])
+                return list(await asyncio.gather(*(one() for _ in range(20))))
+        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
+
+    def test_errors_have_their_classes_and_are_not_asked_for_again(self) -> None:
+        for script, kind, words in (
+                (Script([{"error": "model 'nope' not found"}], 404), anthropic.NotFoundError, "ollama pull"),
+                (Script([{"error": "invalid model name"}], 400), anthropic.BadRequestError, "invalid model"),
+                (Script([{"error": "llama-server process has terminated"}], 500),
+                 anthropic.InternalServerError, "terminated")):
+            del self.ollama.asked[:]
+            self.ollama.queue(script)
+            with self.assertRaisesRegex(kind, words):
+                self.client().messages.create(**self.QUESTION)
+            self.assertEqual(len(self.ollama.asked), 1)
+
+    def test_a_cut_stream_raises(self) -> None:
+        self.ollama.queue(Script([content("The"), CUT]))
+        with self.assertRaisesRegex(anthropic.APIError, "broke off"):
+            with self.client().messages.stream(**self.QUESTION) as stream:
+                stream.get_final_message()
+
+    def test_models(self) -> None:
+        found = list(self.client().models.list())
+        self.assertEqual([model.id for model in found], ["plain:latest", "hf.co/someone/think:latest"])
+        self.assertEqual(found[0].created_at.year, 2026)
+        model = self.client().models.retrieve("hf.co/someone/think:latest")
+        self.assertEqual((model.id, model.type), ("hf.co/someone/think:latest", "model"))
+
+
+@needs(openai, "openai")
+class OpenAISDK(SDKCase):
+    QUESTION: Dict[str, Any] = {"model": "plain", "messages": USER}
+
+    def client(self) -> Any:
+        client = openai.OpenAI(base_url=self.url + "/v1", api_key="none")
+        self.addCleanup(client.close)
+        return client
+
+    def test_create(self) -> None:
+        self.ollama.queue(Script())
+        completion = self.client().chat.completions.create(**self.QUESTION)
+        self.assertEqual(completion.choices[0].message.content, "The sky is blue.")
+        self.assertEqual((completion.choices[0].finish_reason, completion.usage.total_tokens), ("stop", 13))
+        self.assertRegex(completion._request_id, "^req_")
+
+    def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_completion(self) -> None:
+        gate = threading.Event()
+        thoughts = [thinking("I should"), content("Answer"), content("."), done("stop", 7, 12)]
+        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
+        timer = threading.Timer(0.3, gate.set)
+        timer.start()
+        self.addCleanup(timer.join)
+        with self.client().chat.completions.stream(
+                **self.QUESTION, stream_options={"include_usage": True}) as stream:
+            for _ in stream:
+                pass
+            streamed = stream.get_final_completion()
+        whole = self.client().chat.completions.create(**self.QUESTION)
+        self.assertEqual(whole.choices[0].message.content, "Answer.")
+        self.assertEqual(streamed.choices[0].message.content, "Answer.")
+        self.assertEqual(streamed.choices[0].message.reasoning_content, "I should")
+        self.assertEqual(whole.choices[0].message.reasoning, "I should")
+        self.assertEqual(streamed.choices[0].finish_reason, whole.choices[0].finish_reason)
+        self.assertEqual(streamed.usage, whole.usage)
+
+    def test_async(self) -> None:
+        self.ollama.forever = lambda body: Script()
+
+        async def texts() -> List[str]:
+            async with openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none") as client:
+                async def one() -> str:
+                    stream = await client.chat.completions.create(**self.QUESTION, stream=True)
+                    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+                return list(await asyncio.gather(*(one() for _ in range(20))))
+        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
+
+    def test_errors_have_their_classes_and_are_not_asked_for_again(self) -> None:
+        for script, kind, code in (
+                (Script([{"error": "model 'nope' not found"}], 404), openai.NotFoundError, "model_not_found"),
+                (Script([{"error": NATIVE_OVERFLOW}], 400), openai.BadRequestError, "context_length_exceeded"),
+                (Script([{"error": "llama-server process has terminated"}], 500),
+                 openai.InternalServerError, None)):
+            del self.ollama.asked[:]
+            self.ollama.queue(script)
+            with self.assertRaises(kind) as raised:
+                self.client().chat.completions.create(**self.QUESTION)
+            self.assertEqual((raised.exception.code, len(self.ollama.asked)), (code, 1))
+
+    def test_a_cut_stream_raises(self) -> None:
+        self.ollama.queue(Script([content("The"), CUT]))
+        with self.assertRaisesRegex(openai.APIError, "broke off"):
+            for _ in self.client().chat.completions.create(**self.QUESTION, stream=True):
+                pass
+
+    def test_models(self) -> None:
+        found = list(self.client().models.list())
+        self.assertEqual([model.id for model in found], ["plain:latest", "hf.co/someone/think:latest"])
+        self.assertEqual(self.client().models.retrieve("hf.co/someone/think:latest").owned_by, "someone")
+
+
+def comparable(model: Any) -> Dict[str, Any]:
+    return {key: value for key, value in model.model_dump(exclude_none=True).items() if key != "id"}
+
+
+# ---- The file itself -----------------------------------------------------------------------------
+
+class TheFile(unittest.TestCase):
+    source = (HERE / "ollama_api.py").read_text(encoding="utf-8")
+    tests = Path(__file__).read_text(encoding="utf-8")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_it_imports_nothing_but_the_standard_library(self) -> None:
+        imported = set()
+        for node in ast.walk(ast.parse(self.source)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+        if hasattr(sys, "stdlib_module_names"):               # since 3.10
+            self.assertEqual(imported - sys.stdlib_module_names, set())
+        self.assertGreater(len(imported), 10)
+
+    def test_the_manual_lists_the_sections_that_the_banners_name(self) -> None:
+        manual = ollama_api.__doc__.partition("Contents of this file")[2].partition("\n\n")[0]
+        listed = re.findall(r"(?m)^    (\S.*?)  .*$", manual)
+        self.assertEqual(listed, re.findall(r"(?m)^# ---- (.*?) -+$", self.source))
+        self.assertGreater(len(listed), 9)
+
+    def test_every_banner_has_two_to_six_lines_of_strategy(self) -> None:
+        for banner in re.findall(r"(?m)^# ---- .*\n((?:#.*\n)+)", self.source):
+            self.assertIn(banner.count("\n"), range(2, 8), banner)
+
+    def test_functions_are_short_and_lines_fit(self) -> None:
+        for name, text in (("ollama_api.py", self.source), ("test_ollama_api.py", self.tests)):
+            lines = text.splitlines()
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef) and "conversation" not in lines[node.lineno]:
+                    length = (node.end_lineno or 0) - node.lineno + 1
+                    self.assertLessEqual(length, 40, f"{name}: {node.name}")
+        self.assertEqual([part for part in self.source.splitlines() if len(part) > 100], [])
+
+    def test_manual_readme_and_routes_name_the_same_endpoints(self) -> None:
+        routes = {(route.method, route.path) for route in ollama_api.ROUTES}
+        for text in (ollama_api.__doc__, self.readme):
+            found = re.findall(r"(?m)^[ |`]*(GET|POST) +(/[^\s`]*)", text)
+            self.assertEqual(set(found), routes)
+
+    def test_the_readme_has_the_help_to_the_letter(self) -> None:
+        process = subprocess.run([sys.executable, str(HERE / "ollama_api.py"), "--help"],
+                                 stdout=subprocess.PIPE, text=True, timeout=30)
+        options = process.stdout[process.stdout.index("options:"):]
+        self.assertIn(options, self.readme)
+
+    def test_help_prints_the_manual(self) -> None:
+        process = subprocess.run([sys.executable, str(HERE / "ollama_api.py"), "--help"],
+                                 stdout=subprocess.PIPE, text=True, timeout=30)
+        self.assertIn(ollama_api.__doc__.partition("\n\nContents")[0].strip(), process.stdout)
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+def live(url: str) -> int:
+    """Three checks of a running server, as a user would make them."""
+    def ask(path: str, body: Any = None) -> str:
+        request = urllib.request.Request(url.rstrip("/") + path, body and json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            return str(reply.read().decode())
+
+    names = [model["id"] for model in json.loads(ask("/v1/models"))["data"]]
+    print("models:", ", ".join(names))
+    question = {"messages": [{"role": "user", "content": "Why is the sky blue? One sentence."}],
+                "max_tokens": 100, **({"model": sys.argv[3]} if len(sys.argv) > 3 else {})}
+    message = json.loads(ask("/v1/messages", question))
+    print("answer:", message["content"], message["stop_reason"], message["usage"])
+    stream = ask("/v1/chat/completions", {**question, "stream": True})
+    words = [json.loads(part)["choices"][0]["delta"].get("content", "")
+             for part in re.findall(r"(?m)^data: (\{.*)", stream)]
+    print("stream:", repr("".join(words)))
+    whole = bool(names and message["content"] and words and stream.endswith("data: [DONE]\n\n"))
+    print("ok" if whole else "FAILED")
+    return 0 if whole else 1
+
+
+class Result(unittest.TextTestResult):
+    """Counts what passed itself: releases of unittest disagree on whether testsRun has the skipped."""
+    passed = 0
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed += 1
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Result  # type: ignore[assignment]
+
+
+def main() -> int:
+    if "--live" in sys.argv:
+        return live((sys.argv + ["http://localhost:8000"])[2])
+    forgotten: List[Any] = []                    # what was not closed: a ResourceWarning as an error
+
+    def remember(found: Any) -> None:
+        forgotten.append(str(found.exc_value))
+        sys.__unraisablehook__(found)
+    sys.unraisablehook = remember
+    result: Any = unittest.main(exit=False, testRunner=Runner).result
+    failed = len({getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors})
+    print(f"{result.passed} passed, {failed + len(forgotten)} failed, {len(result.skipped)} skipped")
+    return 0 if result.passed and result.wasSuccessful() and not forgotten else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
