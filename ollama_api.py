@@ -437,9 +437,8 @@ class Client(Protocol):
 class Upstream(io.RawIOBase):
     """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
 
-    def __init__(self, sock: socket.socket, client: Client, ping: float, patience: float) -> None:
-        self.sock, self.client, self.ping = sock, client, ping
-        self.give_up = time.monotonic() + patience
+    def __init__(self, sock: socket.socket, client: Client, ping: float, give_up: float) -> None:
+        self.sock, self.client, self.ping, self.give_up = sock, client, ping, give_up
         self.selector = selectors.DefaultSelector()   # select.select breaks above 1,024 descriptors
         self.selector.register(sock, selectors.EVENT_READ)
         self.selector.register(client.sock, selectors.EVENT_READ)
@@ -656,10 +655,11 @@ class Ollama:
         """Ask Ollama, and wait for the head of its answer."""
         def watch(sock: socket.socket) -> UpstreamSocket:
             sock.settimeout(self.config.send_seconds)
-            upstream = Upstream(sock, self.client, self.config.ping, patience)
+            upstream = Upstream(sock, self.client, self.config.ping, give_up)
             self.opened.callback(upstream.close)
             return UpstreamSocket(upstream)
 
+        give_up = time.monotonic() + patience
         request = UpstreamRequest(self.config.ollama + path, body, self.config.ollama_key, watch)
         try:
             response: http.client.HTTPResponse = OPENER.open(
