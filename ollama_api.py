@@ -732,16 +732,27 @@ def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
         message = chunk.get("message")
         if not isinstance(message, dict):  # {"error": ...} under a 200
             raise refusal(500, dumps(chunk))
-        if message.get("thinking"):
-            yield Thinking(message["thinking"])
-        if message.get("content"):
-            yield Text(message["content"])
-        if chunk.get("done"):
-            yield Finish(chunk.get("done_reason") or "stop", chunk.get("prompt_eval_count", 0),
-                         chunk.get("eval_count", 0))
+        thoughts, text = told(message, "thinking", ""), told(message, "content", "")
+        if thoughts:
+            yield Thinking(thoughts)
+        if text:
+            yield Text(text)
+        if told(chunk, "done", False):
+            yield Finish(told(chunk, "done_reason", "") or "stop",
+                         told(chunk, "prompt_eval_count", 0), told(chunk, "eval_count", 0))
             return
     # Up to 0.32 it does so after 30 equal tokens in a row.
     raise broken("it ended without saying that it was done")
+
+
+def told(chunk: JSON, name: str, otherwise: T) -> T:
+    """A field of Ollama's, which must be of the kind of `otherwise`, its value when absent."""
+    value = chunk.get(name)
+    if value is None:
+        return otherwise
+    if not isinstance(value, type(otherwise)):
+        raise broken(f"{name} is {dumps(value)[:80]}")
+    return value
 
 
 def estimated_tokens(messages: List[OllamaMessage]) -> int:
@@ -782,13 +793,14 @@ def refusal(status: int, text: str) -> APIError:
     4xx keep status and text. 501 is about the request too. Any other 5xx becomes a 502, since Codex
     hides the text of a 500."""
     error = innermost_error(text)
-    message = error.get("message") or f"Ollama answered {status} without a word"
+    message = told(error, "message", "") or f"Ollama answered {status} without a word"
     meant = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
     status, code = next(meant, (status, None))
     if code == "context_length_exceeded":
-        told = NUMBERS.search(message)
-        return PromptTooLong(*map(int, told.groups() if told else
-                                  (error.get("n_prompt_tokens", 0), error.get("n_ctx", 0))))
+        numbers = NUMBERS.search(message)
+        if numbers:
+            return PromptTooLong(int(numbers[1]), int(numbers[2]))
+        return PromptTooLong(told(error, "n_prompt_tokens", 0), told(error, "n_ctx", 0))
     if status == 501:
         status = 400
     elif not 400 <= status < 500 and status != 503:

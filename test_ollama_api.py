@@ -1514,6 +1514,12 @@ class OverTime(ServerCase):
                 ([b"{broken\n"], 502, "not JSON"), ([b"[1]\n"], 502, "not an object"),
                 ([CUT], 502, "IncompleteRead"), ([], 502, "without saying that it was done"),
                 ([content("a"), b'{"message": "b"}\n'], 502, "Ollama failed"),
+                ([line({"content": 5})], 502, "content is 5"),
+                ([line({"thinking": ["a"]})], 502, 'thinking is [\\"a\\"]'),
+                ([line({"content": "a"}, done="yes")], 502, 'done is \\"yes\\"'),
+                ([line({}, done=True, eval_count="6")], 502, "eval_count is"),
+                ([line({}, done=True, done_reason={})], 502, "done_reason is {}"),
+                ([{"error": {"message": 5}}], 502, "message is 5"),
                 ([json.dumps(done()).encode()], 200, "stop"),            # no newline at the end
                 ([*SKY, b"{broken\n"], 200, "The sky is blue."),         # after the answer
                 ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], 200, "\\u00fc")):
