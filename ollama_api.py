@@ -426,6 +426,7 @@ def new_id(prefix: str) -> str:
 class Client(Protocol):
     """What the upstream needs of the client that it works for."""
     sock: socket.socket
+    quiet_since: float                 # when it was last sent something, or pinged
 
     def flush(self) -> None:
         """Send what is pending; ClientLeft if it cannot be sent."""
@@ -456,14 +457,14 @@ class Upstream(io.RawIOBase):
     def wait(self) -> None:
         """Return when Ollama has sent something; serve the client meanwhile."""
         self.client.flush()
-        ping_at = time.monotonic() + self.ping
         while True:
             now = time.monotonic()
             if now >= self.give_up:
                 raise TimeoutError("no answer in time")
+            ping_at = self.client.quiet_since + self.ping
             if now >= ping_at:
                 self.client.ping()
-                ping_at = now + self.ping
+                continue
             ready = {key.fileobj for key, _ in
                      self.selector.select(min(ping_at, self.give_up) - now)}
             if self.client.sock in ready:
@@ -1486,7 +1487,7 @@ class Exchange:
         self.server, self.config, self.incoming = server, server.config, incoming
         self.sock = incoming.sock
         self.id = new_id("req_")
-        self.began = time.monotonic()
+        self.began = self.quiet_since = time.monotonic()
         self.request = Request("-", "-", {}, version="1.0")   # until the head has been read
         self.wording: Wording = chat_error
         self.unread = True                       # of the request, bytes are still on their way
@@ -1595,6 +1596,7 @@ class Exchange:
             self.write(self.taken())
 
     def ping(self) -> None:
+        self.quiet_since = time.monotonic()
         if self.pings:
             self.pending.append(next(self.pings))
             self.flush()
@@ -1636,6 +1638,7 @@ class Exchange:
         """Send all of data, to a client that may be slow, but not idle. (sendall's timeout would
         be one for the whole, and cut slow clients off.)"""
         view = memoryview(data)
+        self.quiet_since = time.monotonic()
         try:
             self.sock.settimeout(self.config.write_seconds)
             while view:
@@ -1881,6 +1884,7 @@ def ollama_url(text: str) -> str:
 
 class Nobody:
     """The client for whom the banner asks: it neither leaves nor waits for anything."""
+    quiet_since = float("inf")
 
     def __init__(self) -> None:
         self.sock, self.other = socket.socketpair()

@@ -38,7 +38,7 @@ import unittest
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import ollama_api
@@ -94,7 +94,7 @@ PS = {"models": [{"name": "plain:latest", "model": "plain:latest", "size": 74127
 @dataclass
 class Script:
     """One answer. A step is a line (a dict), raw bytes, CUT, or an Event to wait for."""
-    steps: Sequence[Any] = field(default_factory=lambda: SKY)
+    steps: Iterable[Any] = field(default_factory=lambda: SKY)
     status: int = 200
     kind: str = "application/x-ndjson"
     waits: threading.Event = field(default_factory=threading.Event)    # set before it waits
@@ -1396,6 +1396,20 @@ class OverTime(ServerCase):
                 stream.until(ping * 2)
                 after.set()
                 stream.until(end)
+
+    def test_a_model_that_is_busy_with_what_is_held_back_is_pinged_for_too(self) -> None:
+        enough = threading.Event()
+
+        def busy() -> Iterator[Any]:             # it is never silent for as long as --ping
+            while not enough.wait(0.02):
+                yield content("x")
+            yield done()
+        self.ollama.queue(Script(busy()))
+        with self.open("POST", MESSAGES, {"messages": USER, "stream": True,
+                                          "stop_sequences": ["x" * 10000]}) as stream:
+            self.assertNotIn(b"xx", stream.until(b'{"type": "ping"}\n\nevent: ping'))
+            enough.set()
+            self.assertIn(b"xx", stream.until(b"message_stop"))
 
     def test_an_error_after_a_ping_travels_as_an_event(self) -> None:
         for path, event in ((CHAT, b'\n\ndata: {"error": {"message": "Ollama failed: boom"'),
