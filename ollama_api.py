@@ -21,6 +21,7 @@ Endpoints
 Contents of this file, from top to bottom
     Configuration                  every option, default and limit
     The neutral middle             what dialects share: Ollama's request, the events of a reply
+    Schemas and tools              what Ollama can bear of a client's JSON schemas
     Ollama                         the upstream, and how to wait for it
     Anthropic Messages             a dialect
     OpenAI Chat Completions        a dialect
@@ -231,6 +232,8 @@ class ClientLeft(Exception):
     """The client closed its connection: nothing that could still be done is of use to anybody."""
 
 
+REPORTED_FIELDS = 64
+
 dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
 
 KINDS: Dict[type, Tuple[str, Tuple[type, ...]]] = {
@@ -319,7 +322,7 @@ def unread(body: JSON, fields: Iterable[str], path: str = "") -> Iterator[str]:
         if isinstance(value, dict) and any(field.startswith(place + ".") for field in fields):
             yield from unread(value, fields, place + ".")
         elif value is not None and place not in fields:
-            yield place if re.fullmatch(r"[\w.-]{1,99}", place, re.ASCII) else "?"
+            yield place
 
 
 def stop_texts(values: List[Any], path: str) -> List[str]:
@@ -413,6 +416,213 @@ def sse(data: JSON) -> bytes:
 
 def new_id(prefix: str) -> str:
     return prefix + os.urandom(12).hex()
+
+
+# ---- Schemas and tools ---------------------------------------------------------------------------
+# Ollama makes a grammar of `format`, and there are JSON schemas that stop its runner, hang a model
+# or end the whole process, for everybody. So no client's schema reaches it: grammar_schema builds a
+# new one, of the keywords that every release takes, and says what it left out.
+
+SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
+SCHEMA_SHAPES = ("$ref", "const", "enum", "properties", "anyOf", "oneOf", "allOf")
+SCHEMA_NOTES = {"title", "description", "default", "example", "examples", "deprecated", "readOnly",
+                "writeOnly", "$schema", "$id", "$comment", "$defs", "definitions"}
+SCHEMA_ITEMS = (0, 64)                       # 10,000 stop the runner of 0.20
+SCHEMA_INTEGERS = (1 - 2**31, 2**31 - 1)
+SCHEMA_LEVELS = 60
+SCHEMA_DEFINITIONS = 1000
+
+
+def grammar_schema(schema: Any, path: str) -> Tuple[JSON, List[str]]:
+    """A client's JSON Schema (2020-12 or draft 7) as one for `format`, and what was left out.
+
+    `path` is where it stands in the request; 400 where it is malformed, too deep or endless."""
+    reducer = SchemaReducer()
+    return reducer.finished(reducer.reduced(Subschema(schema, path, schema))), reducer.left_out
+
+
+class Subschema(NamedTuple):
+    """A part of a client's schema, where it stands, and the whole, in which references lead."""
+    schema: Any
+    path: str
+    root: Any
+    level: int = 0
+
+    def inside(self, schema: Any, *names: object) -> Subschema:
+        path = ".".join([self.path, *(str(name)[:99] for name in names)])
+        return Subschema(schema, path, self.root, self.level + 1)
+
+
+class SchemaReducer:
+    """Builds one schema for `format`, of one of a client's or of several.
+
+    What references lead to is collected in $defs at the root: no release looks anywhere else."""
+
+    def __init__(self) -> None:
+        self.left_out: List[str] = []
+        self.names: Dict[Tuple[int, str], str] = {}      # of a reference within a root
+        self.waiting: List[Tuple[str, Subschema]] = []   # definitions that are still to be built
+        self.readers: Dict[str, Callable[[Subschema, str], JSON]] = {
+            "type": self.read_type, "format": self.read_format,
+            "enum": self.read_values, "const": self.read_values,
+            "properties": self.read_properties, "required": self.read_required,
+            "additionalProperties": self.read_additional,
+            "items": self.read_items, "prefixItems": self.read_members,
+            "anyOf": self.read_any_of, "oneOf": self.read_any_of, "allOf": self.read_all_of,
+            "minItems": self.read_bound, "maxItems": self.read_bound,
+            "minimum": self.read_bound, "maximum": self.read_bound, "$ref": self.read_reference}
+
+    def reduced(self, at: Subschema) -> JSON:
+        """The keywords that are known and harmless; of rival SHAPES the first, as in Ollama."""
+        if isinstance(at.schema, bool):
+            return {} if at.schema else self.leave_out(at.path)
+        schema = checked(at.schema, at.path, dict)
+        if at.level > SCHEMA_LEVELS:
+            raise invalid(at.path, f"is nested deeper than {SCHEMA_LEVELS} levels")
+        shape = next((word for word in SCHEMA_SHAPES if word in schema), "")
+        kept: JSON = {}
+        for word in schema:
+            rival = word in SCHEMA_SHAPES and word != shape
+            if word in self.readers and not rival:
+                kept.update(self.readers[word](at, word))
+            elif word not in SCHEMA_NOTES:
+                self.leave_out(f"{at.path}.{word}")
+        return {"$ref": kept["$ref"]} if "$ref" in kept else kept
+
+    def leave_out(self, path: str) -> JSON:
+        if len(self.left_out) < REPORTED_FIELDS:
+            self.left_out.append(path)
+        return {}
+
+    def read_type(self, at: Subschema, word: str) -> JSON:
+        value, path = at.schema[word], f"{at.path}.{word}"
+        names = list_of(value)
+        known = [name for _, name in items(names, path, str) if name in SCHEMA_TYPES]
+        if len(known) < len(names) or not known:
+            self.leave_out(path)
+        return {word: known if isinstance(value, list) else known[0]} if known else {}
+
+    def read_format(self, at: Subschema, word: str) -> JSON:
+        fits = at.schema[word] in SCHEMA_FORMATS and at.schema.get("type", "string") == "string"
+        return {word: at.schema[word]} if fits else self.leave_out(f"{at.path}.{word}")
+
+    def read_values(self, at: Subschema, word: str) -> JSON:
+        if word == "enum" and not checked(at.schema[word], f"{at.path}.{word}", list):
+            raise invalid(f"{at.path}.{word}", "must not be empty")
+        return {word: at.schema[word]}
+
+    def read_properties(self, at: Subschema, word: str) -> JSON:
+        parts = checked(at.schema[word], f"{at.path}.{word}", dict)
+        return {word: {name: self.reduced(at.inside(part, word, name))
+                       for name, part in parts.items()}}
+
+    def read_required(self, at: Subschema, word: str) -> JSON:
+        path = f"{at.path}.{word}"
+        names = checked(at.schema[word], path, list)
+        properties = at.schema.get("properties")
+        known = [name for _, name in items(names, path, str)
+                 if isinstance(properties, dict) and name in properties]
+        if len(known) < len(names):
+            self.leave_out(path)
+        return {word: known} if known else {}
+
+    def read_additional(self, at: Subschema, word: str) -> JSON:
+        value = at.schema[word]
+        return {word: value if isinstance(value, bool) else self.reduced(at.inside(value, word))}
+
+    def read_items(self, at: Subschema, word: str) -> JSON:
+        if isinstance(at.schema[word], list):            # draft 7 had no prefixItems
+            return {"prefixItems": self.members(at, word)}
+        if "prefixItems" in at.schema:
+            return {} if isinstance(at.schema[word], bool) else self.leave_out(f"{at.path}.{word}")
+        return {word: self.reduced(at.inside(at.schema[word], word))}
+
+    def read_members(self, at: Subschema, word: str) -> JSON:
+        return {word: self.members(at, word)}
+
+    def read_any_of(self, at: Subschema, word: str) -> JSON:
+        return {"anyOf": self.members(at, word)}
+
+    def read_all_of(self, at: Subschema, word: str) -> JSON:
+        """Ollama merges objects only; what is alone may be of any kind (pydantic 1 does so)."""
+        members = self.members(at, word)
+        return members[0] if len(members) == 1 else {word: members}
+
+    def members(self, at: Subschema, word: str) -> List[JSON]:
+        parts = checked(at.schema[word], f"{at.path}.{word}", list)
+        if not parts:
+            raise invalid(f"{at.path}.{word}", "must not be empty")
+        return [self.reduced(at.inside(part, word, n)) for n, part in enumerate(parts)]
+
+    def read_bound(self, at: Subschema, word: str) -> JSON:
+        """A bound, if it and its partner are numbers that every release can work with."""
+        of_items = word.endswith("Items")
+        low, high = ("minItems", "maxItems") if of_items else ("minimum", "maximum")
+        least, most = SCHEMA_ITEMS if of_items else SCHEMA_INTEGERS
+        bounds = [at.schema.get(low, least), at.schema.get(high, most)]
+        fits = ([type(bound) for bound in bounds] == [int, int]
+                and least <= bounds[0] <= bounds[1] <= most
+                and (of_items or "integer" in list_of(at.schema.get("type"))))
+        return {word: at.schema[word]} if fits else self.leave_out(f"{at.path}.{word}")
+
+    def read_reference(self, at: Subschema, word: str) -> JSON:
+        path = f"{at.path}.{word}"
+        pointer = checked(at.schema[word], path, str)
+        key = (id(at.root), pointer)
+        if key not in self.names:
+            target = pointed_at(at.root, pointer)
+            if target is None:
+                raise invalid(path, f"{dumps(pointer)} leads nowhere")
+            if len(self.names) >= SCHEMA_DEFINITIONS:
+                raise invalid(path, f"is one of more than {SCHEMA_DEFINITIONS} references")
+            name = re.sub(r"[^A-Za-z0-9_]", "", pointer.rpartition("/")[2]) or "root"
+            while name in self.names.values():
+                name += str(len(self.names))
+            self.names[key] = name
+            self.waiting.append((name, Subschema(target, path, at.root)))
+        return {word: "#/$defs/" + self.names[key]}
+
+    def finished(self, schema: JSON) -> JSON:
+        """`schema` with the definitions that it needs; refused if one of them has no end."""
+        built: Dict[str, JSON] = {}
+        paths: Dict[str, str] = {}
+        while self.waiting:
+            name, target = self.waiting.pop(0)
+            built[name], paths[name] = self.reduced(target), target.path
+        open_ends = {name: set(direct_references(built[name])) for name in built}
+        while open_ends:
+            closed = [name for name, others in open_ends.items() if not others & open_ends.keys()]
+            if not closed:
+                raise invalid(paths[min(open_ends)], "leads back to itself")
+            for name in closed:
+                del open_ends[name]
+        return ({**schema, "$defs": built} if built else schema) or {"type": "object"}
+
+
+def direct_references(schema: JSON) -> Iterator[str]:
+    """The definitions that an answer stands in before a character of it has been written."""
+    if "$ref" in schema:
+        yield schema["$ref"].rpartition("/")[2]
+    for member in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
+        yield from direct_references(member)
+
+
+def pointed_at(root: Any, pointer: str) -> Any:
+    """What a fragment with a JSON Pointer (RFC 6901) leads to; None for nowhere."""
+    if not re.fullmatch("#(/.*)?", pointer, re.DOTALL):
+        return None
+    for part in pointer.split("/")[1:]:
+        name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(root, list) and re.fullmatch("[0-9]{1,9}", name):
+            root = next(iter(root[int(name):][:1]), None)
+        else:
+            root = root.get(name) if isinstance(root, dict) else None
+    return root
+
+
+def list_of(value: Any) -> List[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 # ---- Ollama --------------------------------------------------------------------------------------
@@ -861,7 +1071,7 @@ def messages_request(body: JSON) -> Chat:
                  "options": options_of(body, MESSAGES_OPTIONS)},
                 stream=bool(optional(body, "stream", bool)),
                 stop=stop_texts(optional(body, "stop_sequences", list) or [], "stop_sequences"),
-                ignored=sorted(unread(body, MESSAGES_FIELDS)))
+                ignored=list(unread(body, MESSAGES_FIELDS)))
 
 
 def messages_system(body: JSON) -> List[OllamaMessage]:
@@ -1022,7 +1232,7 @@ def chat_request(body: JSON) -> Chat:
     stream_options = optional(body, "stream_options", dict) or {}
     return Chat(chat, stream=optional(body, "stream", bool), stop=chat_stop(body),
                 include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)),
-                ignored=sorted(unread(body, CHAT_FIELDS)))
+                ignored=list(unread(body, CHAT_FIELDS)))
 
 
 def chat_turn(turn: JSON, path: str) -> OllamaMessage:
@@ -1480,6 +1690,12 @@ def admit(request: Request, config: Config) -> None:
         raise APIError(401, "The API key is missing or wrong.")
 
 
+def reported(fields: Iterable[str]) -> str:
+    """Names that clients chose, as a header field that no name can break."""
+    plain = (name if re.fullmatch(r"[\w.$-]{1,199}", name, re.ASCII) else "?" for name in fields)
+    return ", ".join(sorted(set(itertools.islice(plain, REPORTED_FIELDS))))
+
+
 class Exchange:
     """One request and its reply. To the upstream it is the Client."""
 
@@ -1554,7 +1770,7 @@ class Exchange:
         with Ollama(self.config, self) as self.ollama:
             answer = route.endpoint(self.ollama, self.request)
             if answer.ignored:
-                self.extra["x-ignored-fields"] = ", ".join(answer.ignored[:64])
+                self.extra["x-ignored-fields"] = reported(answer.ignored)
             if isinstance(answer.content, dict):
                 self.send_json(answer.status, answer.content)
             else:

@@ -9,8 +9,8 @@ There is no Ollama here. A scripted one answers, with lines that real releases (
 were recorded to send. Most tests are conversations: what a client sends, what Ollama is asked, what
 Ollama answers, what the client gets. Where CI is set, a missing SDK is a failure and not a skip.
 
-Contents: the scripted Ollama, the runner, conversations, tables, HTTP, behaviour over time,
-starting and stopping, real SDKs, the file itself.
+Contents: the scripted Ollama, the runner, conversations, tables, schemas, HTTP, behaviour over
+time, starting and stopping, real SDKs, the file itself.
 """
 
 from __future__ import annotations
@@ -1154,6 +1154,149 @@ class AliasesAndContext(ServerCase):
         self.assertIn("maximum context length is 4096 tokens", reply.json["error"]["message"])
 
 
+# ---- Schemas -------------------------------------------------------------------------------------
+
+ANY: Dict[str, Any] = {"type": "object"}
+
+
+def prop(schema: Any, **more: Any) -> Dict[str, Any]:
+    """An object with the one property `a`."""
+    return {"type": "object", "properties": {"a": schema}, **more}
+
+
+def nested(levels: int, word: str = "anyOf") -> Any:
+    schema: Any = {"type": "string"}
+    for _ in range(levels):
+        schema = {word: [schema, {"type": "null"}]}
+    return schema
+
+
+# What a client may send, what Ollama is sent for it, and what is reported as left out. The first
+# rows are those of wire/README.md, which hurt a real Ollama, in its order.
+SCHEMAS: List[Any] = [
+    *(({"type": "string", "pattern": pattern}, {"type": "string"}, ["s.pattern"]) for pattern in (
+        "(?=x)x", "(?:x)", "(?<n>x)", "(?i)x", r"^\d\w\s\S\b\/\-$", "x", "", r"^\p{L}$",
+        "^.{1,3}$", "^[^x]$", r"^\t$", "^a{2,1}$")),
+    (prop({"type": "string", "minLength": 1, "maxLength": 100000}), prop({"type": "string"}),
+     ["s.properties.a.maxLength", "s.properties.a.minLength"]),
+    ({"type": "array", "items": {}, "maxItems": 10000}, {"type": "array", "items": {}},
+     ["s.maxItems"]),
+    ({"type": "array", "items": {}, "minItems": 3, "maxItems": 2}, {"type": "array", "items": {}},
+     ["s.maxItems", "s.minItems"]),
+    ({"type": "array", "items": {}, "minItems": -1}, {"type": "array", "items": {}},
+     ["s.minItems"]),
+    ({"type": "integer", "minimum": 3, "maximum": 2}, {"type": "integer"},
+     ["s.maximum", "s.minimum"]),
+    ({"type": "integer", "minimum": -10**30, "maximum": 10**30}, {"type": "integer"},
+     ["s.maximum", "s.minimum"]),
+    ({"type": "number", "minimum": 0.5}, {"type": "number"}, ["s.minimum"]),
+    (prop(True), prop({}), []),
+    (prop(False), prop({}), ["s.properties.a"]),
+    (prop({"description": "What", "title": "A", "default": 1}), prop({}), []),
+    (prop({"not": {"type": "string"}}), prop({}), ["s.properties.a.not"]),
+    (prop({"$ref": "#"}), prop({"$ref": "#/$defs/root"}, **{
+        "$defs": {"root": prop({"$ref": "#/$defs/root"})}}), []),
+    (prop({"$ref": "#/properties/b/$defs/c"}, properties={
+        "a": {"$ref": "#/properties/b/$defs/c"}, "b": {"$defs": {"c": {"type": "null"}}}}),
+     {"type": "object", "properties": {"a": {"$ref": "#/$defs/c"}, "b": {}},
+      "$defs": {"c": {"type": "null"}}}, []),
+    ({"type": "thing"}, ANY, ["s.type"]),
+    (prop({"type": ["string", "thing"]}), prop({"type": ["string"]}), ["s.properties.a.type"]),
+    (prop({}, properties={'a"b': {}, "ä": {}}),
+     {"type": "object", "properties": {'a"b': {}, "ä": {}}}, []),
+    # What is fine everywhere stays as it is.
+    *((schema, schema, []) for schema in (
+        {"type": "object", "properties": {"b": {"type": ["integer", "null"]}, "a": {"type": "boolean"}},
+         "required": ["a"], "additionalProperties": False},
+        {"type": "array", "items": {"type": "number"}, "minItems": 0, "maxItems": 64},
+        {"type": "array", "prefixItems": [{"type": "string"}, {}]},
+        {"type": "integer", "minimum": -5, "maximum": 2**31 - 1},
+        {"type": ["integer", "null"], "minimum": 0},
+        {"enum": ["a", 1, None]}, {"const": {"a": [1]}}, {"anyOf": [{"type": "null"}, {}]},
+        {"allOf": [prop({}), prop({"type": "null"})]},
+        {"type": "object", "additionalProperties": {"type": "integer"}},
+        *({"type": "string", "format": name} for name in ("date-time", "date", "time", "uuid")),
+        {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "object", "properties": {
+            "left": {"$ref": "#/$defs/tree"}}}}},
+        {"anyOf": [{"$ref": "#/$defs/x"}, {"$ref": "#/$defs/y"}],
+         "$defs": {"x": {"anyOf": [{"$ref": "#/$defs/y"}]}, "y": {"type": "null"}}})),
+    # The rest of what clients send.
+    ({}, ANY, []), (True, ANY, []), ({"$schema": "http://json-schema.org/draft-07/schema#"}, ANY, []),
+    ({"oneOf": [{"type": "string"}]}, {"anyOf": [{"type": "string"}]}, []),
+    (prop({"allOf": [{"$ref": "#/definitions/Colour"}], "default": "red", "type": "string"},
+          definitions={"Colour": {"enum": ["red"]}}),
+     prop({"$ref": "#/$defs/Colour"}, **{"$defs": {"Colour": {"enum": ["red"]}}}), []),
+    ({"type": "array", "items": [{"type": "string"}], "additionalItems": False},
+     {"type": "array", "prefixItems": [{"type": "string"}]}, ["s.additionalItems"]),
+    ({"type": "array", "prefixItems": [{}], "items": False},
+     {"type": "array", "prefixItems": [{}]}, []),
+    (prop({}, required=["a", "b"]), prop({}, required=["a"]), ["s.required"]),
+    (prop({}, anyOf=[{"required": ["a"]}]), prop({}), ["s.anyOf"]),
+    ({"type": "string", "format": "email"}, {"type": "string"}, ["s.format"]),
+    (prop({"$ref": "#/$defs/a~1b%20c", "description": "A", "maxLength": 5},
+          **{"$defs": {"a/b c": {"type": "null"}}}),
+     prop({"$ref": "#/$defs/a1b20c"}, **{"$defs": {"a1b20c": {"type": "null"}}}),
+     ["s.properties.a.maxLength"]),
+    (prop({"$ref": "#/anyOf/0"}, anyOf=[{"type": "null"}]),
+     prop({"$ref": "#/$defs/0"}, **{"$defs": {"0": {"type": "null"}}}), ["s.anyOf"]),
+    (nested(60), nested(60), []), (nested(30, "allOf"), nested(30, "allOf"), []),
+]
+BAD_SCHEMAS: List[Any] = [
+    (5, "s: must be an object, not an integer"), (None, "s: must be an object, not null"),
+    ({"enum": []}, "s.enum: must not be empty"), ({"enum": "x"}, "s.enum: must be a list"),
+    ({"anyOf": []}, "s.anyOf: must not be empty"), ({"type": 5}, "s.type.0: must be a string"),
+    ({"properties": []}, "s.properties: must be an object"),
+    ({"required": ["a"], "properties": 5}, "s.properties: must be an object"),
+    ({"required": "a"}, "s.required: must be a list"),
+    (prop(None), "s.properties.a: must be an object, not null"),
+    ({"items": 5}, "s.items: must be an object"),
+    ({"$ref": "#"}, "s.$ref: leads back to itself"),
+    (prop({"$ref": "#/properties/a"}), "s.properties.a.$ref: leads back to itself"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"anyOf": [
+        {"type": "null"}, {"$ref": "#/$defs/a"}]}}}, "s.$ref: leads back to itself"),
+    ({"$ref": "#/$defs/none"}, 's.$ref: "#/$defs/none" leads nowhere'),
+    ({"$ref": "https://example.com/a"}, 's.$ref: "https://example.com/a" leads nowhere'),
+    ({"$ref": "#/enum/7", "enum": [1]}, 's.$ref: "#/enum/7" leads nowhere'),
+    ({"$ref": 5}, "s.$ref: must be a string"), (nested(61), "s.anyOf.0.anyOf.0"),
+    ({"anyOf": [{"$ref": f"#/$defs/{n}"} for n in range(1001)],
+      "$defs": {str(n): {} for n in range(1001)}},
+     "s.anyOf.1000.$ref: is one of more than 1000 references"),
+]
+
+
+class Schemas(unittest.TestCase):
+
+    def test_what_reaches_format_and_what_is_left_out(self) -> None:
+        for schema, wanted, left_out in SCHEMAS:
+            with self.subTest(schema=str(schema)[:200]):
+                before = json.dumps(schema)
+                found, missing = ollama_api.grammar_schema(schema, "s")
+                self.assertEqual(json.dumps(found), json.dumps(wanted))      # in the same order
+                self.assertEqual(sorted(missing), left_out)
+                self.assertEqual(json.dumps(schema), before)
+
+    def test_what_is_refused(self) -> None:
+        for schema, message in BAD_SCHEMAS:
+            with self.subTest(schema=str(schema)[:200]):
+                with self.assertRaises(ollama_api.APIError) as raised:
+                    ollama_api.grammar_schema(schema, "s")
+                self.assertEqual(raised.exception.status, 400)
+                self.assertEqual(raised.exception.message[:len(message)], message)
+
+    def test_a_long_chain_of_definitions_needs_neither_stack_nor_time(self) -> None:
+        chain = {str(n): prop({"$ref": f"#/$defs/{n + 1}"}) for n in range(998)}
+        schema = {"$ref": "#/$defs/0", "$defs": {**chain, "998": {}}}
+        self.assertEqual(len(ollama_api.grammar_schema(schema, "s")[0]["$defs"]), 999)
+
+    def test_a_huge_name_is_not_repeated_for_all_that_stands_below_it(self) -> None:
+        many = {str(n): {"pattern": "x"} for n in range(2000)}
+        started = time.process_time()
+        _, left_out = ollama_api.grammar_schema({"properties": {
+            "x" * 10**6: {"properties": many}}}, "s")
+        self.assertLess(time.process_time() - started, 1)
+        self.assertLess(len("".join(left_out)), 64 * 200)
+
+
 # ---- HTTP ----------------------------------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\n"
@@ -1313,6 +1456,8 @@ class HTTP(ServerCase):
                             "thinking": {"type": "disabled", "display": "x"},
                             "output_config": {"format": {}, "effort": "low"}},
                  "metadata, output_config.format, thinking.display"),
+                (MESSAGES, {"a\r\nb": 1, "x" * 200: 1, **{f"f{n}": 1 for n in range(99)}},
+                 ", ".join(["?", *sorted(f"f{n}" for n in range(62))])),
                 (MESSAGES, {"system": "Hi"}, None)):
             self.ollama.queue(Script())
             reply = self.ask("POST", path, {"messages": USER, **body})
