@@ -11,6 +11,7 @@ Point a client at it (the key is not looked at, but the SDKs want one)
 
 Endpoints
     POST /v1/messages              Anthropic Messages, streamed on demand
+    POST /v1/messages/count_tokens an estimate of a prompt's length
     POST /v1/chat/completions      OpenAI Chat Completions; curl and requests get a stream unless
                                    they say "stream": false
     GET  /v1/models                what Ollama has installed, readable by both SDKs
@@ -39,6 +40,7 @@ To add a dialect: write its section, add its rows to ROUTES. To add an option: a
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import email.utils
@@ -133,8 +135,8 @@ class Config:
 # ---- The neutral middle --------------------------------------------------------------------------
 # Lopsided on purpose. A request is Ollama's own /api/chat body, into which each dialect translates
 # directly: there is no third vocabulary. A reply is a stream of small events, the same for clients
-# that stream and clients that do not: any number of Thinking and Text in the model's order, then
-# exactly one Finish; whatever else happens is an APIError. Tool calls will be a third kind of part.
+# that stream and clients that do not: any number of Thinking, Text and ToolCall in the model's
+# order, then exactly one Finish; whatever else happens is an APIError.
 # Frozen dataclasses rather than NamedTuples, for which Text("a") == Thinking("a").
 
 JSON = Dict[str, Any]
@@ -142,27 +144,23 @@ T = TypeVar("T")
 
 
 class OllamaMessage(TypedDict, total=False):
-    role: str          # system, user or assistant
+    role: str                  # system, user, assistant or tool
     content: str
-    thinking: str      # of an assistant
+    thinking: str              # of an assistant
+    images: List[str]          # in base64
+    tool_calls: List[JSON]     # of an assistant: {"id", "function": {"name", "arguments"}}
+    tool_name: str             # of a tool: the name and the id of the call that it answers
+    tool_call_id: str
 
 
 class OllamaChat(TypedDict, total=False):
     """The body of POST /api/chat, as far as dialects fill it in."""
     model: str
     messages: List[OllamaMessage]
+    tools: List[JSON]          # {"type": "function", "function": {name, description, parameters}}
+    format: JSON               # a JSON schema, made by SchemaReducer
     think: Union[bool, str]
     options: JSON
-
-
-@dataclass
-class Chat:
-    """What a dialect makes of a request: Ollama's part, and the part that is kept on this side."""
-    body: OllamaChat
-    stream: Optional[bool] = False     # None: the client did not say
-    stop: Sequence[str] = ()           # matched by until_stop, never sent to Ollama
-    include_usage: bool = False
-    ignored: Sequence[str] = ()        # fields without effect, reported in x-ignored-fields
 
 
 @dataclass(frozen=True)
@@ -176,14 +174,33 @@ class Text:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: JSON
+
+
+@dataclass(frozen=True)
 class Finish:
-    reason: str                        # Ollama's done_reason (stop, length), or stop_sequence
-    prompt_tokens: int
+    reason: str                        # Ollama's done_reason (stop, length), or ours: tool_calls,
+    prompt_tokens: int                 # stop_sequence
     completion_tokens: int
     stop_sequence: Optional[str] = None
 
 
-Event = Union[Thinking, Text, Finish]
+Event = Union[Thinking, Text, ToolCall, Finish]
+
+
+@dataclass
+class Chat:
+    """What a dialect makes of a request: Ollama's part, and the part that is kept on this side."""
+    body: OllamaChat
+    stream: Optional[bool] = False     # None: the client did not say
+    stop: Sequence[str] = ()           # matched by until_stop, never sent to Ollama
+    decode: Optional[Callable[[JSON], Event]] = None    # reads an answer that is a call in JSON
+    one_call: bool = False             # drop all tool calls but the first
+    include_usage: bool = False
+    prompt_tokens: int = 0             # an estimate, until Ollama tells
+    ignored: List[str] = dataclasses.field(default_factory=list)    # fields without effect
 
 
 @dataclass
@@ -193,6 +210,7 @@ class Request:
     path: str                          # without the query, still percent-encoded
     headers: Dict[str, str]
     version: str = "1.1"
+    query: Dict[str, str] = dataclasses.field(default_factory=dict)
     body: JSON = dataclasses.field(default_factory=dict)
     argument: str = ""                 # what stands for {id} in the route's path
 
@@ -209,14 +227,15 @@ class Answer:
 class APIError(Exception):
     """A failure that a client is told of, in the words of its dialect.
 
-    `param` is the path of the field to blame, `code` OpenAI's machine-readable reason. Without
-    `retry_after` (seconds) asking again cannot help, and clients are told not to."""
+    `param` is the path of the field to blame, `code` OpenAI's machine-readable reason, `details`
+    Anthropic's. Without `retry_after` (seconds) asking again cannot help, and clients are told."""
 
     def __init__(self, status: int, message: str, param: Optional[str] = None,
-                 code: Optional[str] = None, retry_after: Optional[int] = None) -> None:
+                 code: Optional[str] = None, retry_after: Optional[int] = None,
+                 details: Optional[JSON] = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
-        self.code, self.retry_after = code, retry_after
+        self.code, self.retry_after, self.details = code, retry_after, details
 
 
 class PromptTooLong(APIError):
@@ -235,6 +254,7 @@ class ClientLeft(Exception):
 REPORTED_FIELDS = 64
 
 dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
+plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of a model
 
 KINDS: Dict[type, Tuple[str, Tuple[type, ...]]] = {
     str: ("a string", (str,)), bool: ("true or false", (bool,)), int: ("an integer", (int,)),
@@ -273,7 +293,7 @@ def required(owner: JSON, path: str, kind: Type[T]) -> T:
 def one_of(owner: JSON, path: str, words: Iterable[str]) -> str:
     word = required(owner, path, str)
     if word not in words:
-        raise invalid(path, f"must be one of {', '.join(words)}, not {dumps(word)}")
+        raise invalid(path, f"must be one of {', '.join(words) or 'nothing'}, not {dumps(word)}")
     return word
 
 
@@ -347,6 +367,39 @@ def system_first(messages: List[OllamaMessage]) -> List[OllamaMessage]:
     return system[:len(early)] + turns
 
 
+class History:
+    """What is to be remembered while the messages of a chat are read: the tool calls, for their
+    results, and what is dropped.
+
+    Ollama gets ids of its own: Mistral's templates demand nine letters and digits (llama.cpp
+    #26359). They count up, so that each turn of a conversation repeats those of the turn before."""
+
+    def __init__(self) -> None:
+        self.calls: Dict[str, Tuple[str, str]] = {}      # the client's id: Ollama's, and the name
+        self.count = 0
+        self.ignored: List[str] = []
+
+    def call(self, id: str, name: str, arguments: JSON) -> JSON:
+        self.count += 1
+        self.calls[id] = f"call{self.count:05}", name
+        return {"id": self.calls[id][0], "function": {"name": name, "arguments": arguments}}
+
+    def result(self, id: str, path: str) -> OllamaMessage:
+        """The head of the message that answers a call; 400 blames `path` if there is none."""
+        if id not in self.calls:
+            raise invalid(path, f"no tool call before has the id {dumps(id)}")
+        call, name = self.calls[id]
+        return {"role": "tool", "tool_name": name, "tool_call_id": call}
+
+
+def base64_checked(data: str, path: str) -> str:
+    try:
+        base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise invalid(path, f"is not base64: {error}") from error
+    return data
+
+
 def begun(events: Iterator[Event]) -> Iterator[Event]:
     """The same events, the first of which is there already.
 
@@ -362,8 +415,66 @@ def collected(events: Iterator[Event]) -> Tuple[List[Any], Finish]:
 
 
 def runs_of(events: Iterable[Any]) -> Iterator[Tuple[type, Iterator[Any]]]:
-    """Successive events of one kind, together: what dialects call a content block or an item."""
-    return itertools.groupby(events, type)
+    """Successive events of one kind, together: what dialects call a content block or an item.
+    Tool calls are one each."""
+    for kind, run in itertools.groupby(events, type):
+        if kind is ToolCall:
+            yield from ((kind, iter((call,))) for call in run)
+        else:
+            yield kind, run
+
+
+def none_lost(events: Iterator[Event]) -> Iterator[Event]:
+    """Refuse an answer of nothing, for which the model wrote something: up to 0.32 Ollama swallows
+    a tool call that it cannot parse, or whose name was not offered."""
+    empty = True
+    for event in events:
+        if isinstance(event, Finish) and empty and event.reason == "stop" \
+                and event.completion_tokens > 1:
+            raise APIError(502, "The model wrote a tool call that Ollama could not read, and which "
+                                "is lost.")
+        empty = False
+        yield event
+
+
+def decoded(events: Iterator[Event], decode: Callable[[JSON], Event]) -> Iterator[Event]:
+    """Turn an answer that is bound to be JSON into what it stands for, a tool call. Of one that was
+    cut short nothing is left but the Finish that says so."""
+    texts = []
+    for event in events:
+        if isinstance(event, Text):
+            texts.append(event.text)
+            continue
+        if isinstance(event, Finish) and event.reason == "stop":
+            found = decode(parse_line("".join(texts).encode()))
+            yield found
+            if isinstance(found, ToolCall):
+                event = dataclasses.replace(event, reason="tool_calls")
+        yield event
+
+
+def first_call(events: Iterator[Event]) -> Iterator[Event]:
+    """Drop all tool calls but the first."""
+    calls = itertools.count()
+    return (event for event in events if not isinstance(event, ToolCall) or next(calls) == 0)
+
+
+def unrepeated(events: Iterator[Event], beginning: str) -> Iterator[Event]:
+    """Drop the beginning of an answer where the model was given it: the native path of 0.30 and
+    later repeats it at once, other releases go on from there."""
+    held = ""
+    for event in events:
+        if isinstance(event, Text):
+            held += event.text
+            if beginning.startswith(held) and held != beginning:
+                continue
+            event = Text(held[len(beginning):] if held.startswith(beginning) else held)
+            beginning, held = "", ""
+        elif held:
+            yield Text(held)
+            beginning, held = "", ""
+        if event != Text(""):
+            yield event
 
 
 def until_stop(events: Iterator[Event], stops: Sequence[str],
@@ -421,7 +532,9 @@ def new_id(prefix: str) -> str:
 # ---- Schemas and tools ---------------------------------------------------------------------------
 # Ollama makes a grammar of `format`, and there are JSON schemas that stop its runner, hang a model
 # or end the whole process, for everybody. So no client's schema reaches it: grammar_schema builds a
-# new one, of the keywords that every release takes, and says what it left out.
+# new one, of the keywords that every release takes, and says what it left out. tool_schema does so
+# for `tools`, of which Ollama reads even less. It has no tool_choice: a call that must be made is
+# an answer that `format` binds to the tools' schemas, on any model, and that becomes a call here.
 
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
@@ -432,6 +545,7 @@ SCHEMA_ITEMS = (0, 64)                       # 10,000 stop the runner of 0.20
 SCHEMA_INTEGERS = (1 - 2**31, 2**31 - 1)
 SCHEMA_LEVELS = 60
 SCHEMA_DEFINITIONS = 1000
+SCHEMA_PARTS = 2000                          # resolving references can make much of little
 
 
 def grammar_schema(schema: Any, path: str) -> Tuple[JSON, List[str]]:
@@ -625,6 +739,144 @@ def list_of(value: Any) -> List[Any]:
     return value if isinstance(value, list) else [value]
 
 
+class Tool(NamedTuple):
+    """A tool as a client defines it."""
+    name: str
+    description: str
+    schema: JSON                       # of its arguments
+    path: str                          # of the schema in the request
+
+    def for_ollama(self) -> JSON:
+        return {"type": "function", "function": {
+            "name": self.name, "description": self.description,
+            "parameters": tool_schema(self.schema)}}
+
+    def for_model(self) -> JSON:
+        return {"name": self.name, "description": self.description, "parameters": self.schema}
+
+
+def tool_schema(schema: JSON) -> JSON:
+    """A tool's schema as far as Ollama reads it, of the kinds that it demands, in the same order
+    (of which its KV cache is a matter)."""
+    found = narrowed(schema, schema, iter(range(SCHEMA_PARTS)), ())
+    return {"type": "object", "properties": {}, **{
+        word: found[word] for word in ("properties", "required") if word in found}}
+
+
+def narrowed(schema: Any, root: Any, budget: Iterator[int], within: Tuple[str, ...]) -> JSON:
+    """One part of it, references resolved, for Ollama drops them. `within` has the references and
+    steps that led here, `budget` the parts that there may still be; beyond it all is {}."""
+    def inner(part: Any, step: str = "") -> JSON:
+        return narrowed(part, root, budget, (*within, step))
+
+    def word_by_word(word: str, value: Any) -> JSON:
+        if word == "$ref" and isinstance(value, str) and value not in within:
+            return inner(pointed_at(root, value), value)
+        if word == "allOf" and len(list_of(value)) == 1:
+            return inner(list_of(value)[0])
+        if word == "properties" and isinstance(value, dict):
+            return {word: {name: inner(part) for name, part in value.items()}}
+        if word in ("anyOf", "oneOf") and isinstance(value, list) and value:
+            return {"anyOf": [inner(part) for part in value]}
+        if word == "items":
+            return {word: inner(value)}
+        return narrowed_value(word, value)
+
+    if not isinstance(schema, dict) or len(within) > SCHEMA_LEVELS or next(budget, None) is None:
+        return {}
+    kept: JSON = {}
+    for word, value in schema.items():
+        kept.update(word_by_word(word, value))
+    return kept
+
+
+def narrowed_value(word: str, value: Any) -> JSON:
+    """A keyword that holds no schema."""
+    texts = [text for text in list_of(value) if isinstance(text, str)]
+    types = [name for name in texts if name in SCHEMA_TYPES]
+    if word == "type" and types:
+        return {word: types if isinstance(value, list) else types[0]}
+    if word == "required" and isinstance(value, list):
+        return {word: texts}
+    if word == "description" and isinstance(value, str):
+        return {word: value}
+    if word == "enum" and isinstance(value, list) and value:
+        return {word: value}
+    return {"enum": [value]} if word == "const" else {}
+
+
+CALL_ONE = "Call the tool {}: answer with the JSON object of its arguments, and nothing else: {}"
+CALL_ANY = ('Call one of these tools: answer with a JSON object of its "name" and "parameters", '
+            'and nothing else: {}')
+CALL_OR_ANSWER = ('Answer with a JSON object, and nothing else: to call a tool, of its "name" and '
+                  '"parameters"; else of an "answer" with the schema {}. The tools: {}')
+ANSWER = "Answer with JSON of this schema, and nothing else: {}"
+
+
+def force_call(chat: Chat, tools: Sequence[Tool]) -> None:
+    """Make the model call one of the tools, without thoughts, which `format` lets come first."""
+    reducer = SchemaReducer()
+    chat.body["think"] = False
+    if len(tools) == 1:
+        chat.decode = functools.partial(ToolCall, tools[0].name)
+        bind(chat, reducer, arguments_schema(reducer, tools[0]),
+             CALL_ONE.format(tools[0].name, plain_json(tools[0].for_model())))
+    else:
+        chat.decode = chosen
+        bind(chat, reducer, {"anyOf": [call_schema(reducer, tool) for tool in tools]},
+             CALL_ANY.format(plain_json([tool.for_model() for tool in tools])))
+
+
+def offer_tools(chat: Chat, tools: Sequence[Tool], schema: Optional[JSON], path: str) -> None:
+    """Let the model call tools or answer; with the `schema` that the client has at `path`, if any.
+
+    Given both `tools` and `format`, Ollama never calls a tool; so the choice becomes a schema."""
+    reducer = SchemaReducer()
+    if schema is None:
+        chat.body.update({"tools": [tool.for_ollama() for tool in tools]} if tools else {})
+        return
+    answer = reducer.reduced(Subschema(schema, path, schema))
+    if not tools:
+        bind(chat, reducer, answer, ANSWER.format(plain_json(schema)))
+        return
+    chat.decode = chosen
+    calls = [call_schema(reducer, tool) for tool in tools]
+    described = plain_json([tool.for_model() for tool in tools])
+    bind(chat, reducer, {"anyOf": [*calls, object_schema(answer=answer)]},
+         CALL_OR_ANSWER.format(plain_json(schema), described))
+
+
+def object_schema(**properties: JSON) -> JSON:
+    """Of an object with just these; in this order, which is the alphabet's too, because on the
+    native path of 0.30 and later Ollama keeps to that, and the name must come first."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def call_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
+    return object_schema(name={"const": tool.name}, parameters=arguments_schema(reducer, tool))
+
+
+def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
+    return {"type": "object", **reducer.reduced(Subschema(tool.schema, tool.path, tool.schema))}
+
+
+def bind(chat: Chat, reducer: SchemaReducer, schema: JSON, how: str) -> None:
+    """Make `format` of a schema, and describe it in the system prompt, which Ollama does not."""
+    chat.body["format"] = reducer.finished(schema)
+    chat.ignored += reducer.left_out
+    messages = chat.body["messages"]
+    start = 1 if messages[0]["role"] == "system" else 0
+    system: OllamaMessage = {"role": "system", "content": how}
+    chat.body["messages"] = system_first([*messages[:start], system, *messages[start:]])
+
+
+def chosen(value: JSON) -> Event:
+    """The tool call, or the answer, that a bound answer to CALL_ANY or CALL_OR_ANSWER is."""
+    if "answer" in value:
+        return Text(plain_json(value["answer"]))
+    return ToolCall(told(value, "name", ""), told(value, "parameters", {}))
+
+
 # ---- Ollama --------------------------------------------------------------------------------------
 # The only section that opens outgoing connections, to one address and nowhere else: no proxies, no
 # redirects. Every chat is streamed from Ollama, also when the client wants one JSON object, so that
@@ -762,8 +1014,8 @@ class Ollama:
     """One request's way to Ollama: a context manager that closes, at the end of the request, every
     connection that it opened, whatever iterators over them are still alive."""
 
-    def __init__(self, config: Config, client: Client) -> None:
-        self.config, self.client = config, client
+    def __init__(self, config: Config, client: Client, rates: TokenRates) -> None:
+        self.config, self.client, self.rates = config, client, rates
         self.opened = contextlib.ExitStack()
         self.first_at = 0.0                            # when the first event came, for the log
         self.finish: Optional[Finish] = None           # the same
@@ -786,18 +1038,24 @@ class Ollama:
             options.setdefault("num_ctx", self.config.num_ctx)
         body: JSON = {**chat.body, "options": options, "truncate": False, "stream": True}
         events = events_of(chunks_of(self.ask_chat(body), self.config.line_bytes))
-        if chat.stop:
-            events = until_stop(events, chat.stop, estimated_tokens(chat.body["messages"]))
-        for event in events:
+        for event in read_as(chat, self.noted(chat, events)):
             self.first_at = self.first_at or time.monotonic()
             if isinstance(event, Finish):
                 self.finish = event
+            yield event
+
+    def noted(self, chat: Chat, events: Iterator[Event]) -> Iterator[Event]:
+        """Learn from Ollama's own count of the prompt."""
+        for event in events:
+            if isinstance(event, Finish):
+                self.rates.learn(chat.body, event.prompt_tokens)
             yield event
 
     def answer(self, chat: Chat, reply: Callable[[Chat, Iterator[Event]], JSON],
                stream: Callable[[Chat, Iterator[Event]], Iterator[bytes]], ping: bytes) -> Answer:
         """Ask, and have the dialect word the answer in the way that the client wants it."""
         events = self.chat(chat)
+        chat.prompt_tokens = self.rates.tokens(chat.body)
         if chat.stream:
             return Answer(stream(chat, events), pings=itertools.repeat(ping), ignored=chat.ignored)
         return Answer(reply(chat, events), ignored=chat.ignored)
@@ -806,6 +1064,8 @@ class Ollama:
         """Ask by the name that the client gave, else by the one that an alias gives."""
         for name in self.names_for(body["model"]):
             try:
+                if any("images" in message for message in body["messages"]):
+                    self.demand_vision(name)
                 return self.ask({**body, "model": name})
             except APIError as error:
                 if error.code != "model_not_found":
@@ -821,6 +1081,14 @@ class Ollama:
                 raise self.with_numbers(error, body) from error
             except APIError as error:
                 body = other_think(body, error)
+
+    def demand_vision(self, name: str) -> None:
+        """Refuse images for a model that is blind: up to 0.20 it would answer all the same. Before
+        0.6.4 Ollama did not know what its models can do."""
+        response = self.open("/api/show", {"model": name}, self.config.ask_seconds)
+        abilities = parse_line(whole(response, self.config.line_bytes)).get("capabilities")
+        if isinstance(abilities, list) and "vision" not in abilities:
+            raise APIError(400, f"model: {dumps(name)} cannot see images.", param="model")
 
     def names_for(self, name: str) -> List[str]:
         """The names to try: the one asked for, and that of the first --alias that fits."""
@@ -842,7 +1110,7 @@ class Ollama:
                   for model in self.get("/api/ps").get("models") or ()
                   if tagged(model_name(model)) == tagged(body["model"]))
         context = body["options"].get("num_ctx") or next(loaded, 0)
-        return PromptTooLong(max(estimated_tokens(body["messages"]), context + 1), context)
+        return PromptTooLong(max(self.rates.tokens(body), context + 1), context)
 
     def models(self) -> List[JSON]:
         """The models that are installed, as /api/tags lists them."""
@@ -938,22 +1206,57 @@ def parse_line(line: bytes) -> JSON:
 
 
 def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
-    """Take Ollama's chunks apart; nobody else does. Only `done` makes an answer whole."""
+    """Take Ollama's chunks apart; nobody else does. Only `done` makes an answer whole.
+
+    A tool call, and what comes after it, waits for that: Claude Code runs a tool as soon as its
+    block is closed, and would run it again when the answer breaks off and is asked for again."""
+    held: List[Event] = []
     for chunk in chunks:
         message = chunk.get("message")
         if not isinstance(message, dict):  # {"error": ...} under a 200
             raise refusal(500, dumps(chunk))
-        thoughts, text = told(message, "thinking", ""), told(message, "content", "")
-        if thoughts:
-            yield Thinking(thoughts)
-        if text:
-            yield Text(text)
+        for event in parts_of(message):
+            if held or isinstance(event, ToolCall):
+                held.append(event)
+            else:
+                yield event
         if told(chunk, "done", False):
-            yield Finish(told(chunk, "done_reason", "") or "stop",
+            yield from held
+            reason = told(chunk, "done_reason", "") or "stop"
+            yield Finish("tool_calls" if held and reason == "stop" else reason,
                          told(chunk, "prompt_eval_count", 0), told(chunk, "eval_count", 0))
             return
     # Up to 0.32 it does so after 30 equal tokens in a row.
     raise broken("it ended without saying that it was done")
+
+
+def parts_of(message: JSON) -> Iterator[Event]:
+    """What one chunk has of an answer: any of them, or nothing."""
+    thoughts, text = told(message, "thinking", ""), told(message, "content", "")
+    if thoughts:
+        yield Thinking(thoughts)
+    if text:
+        yield Text(text)
+    calls: List[Any] = told(message, "tool_calls", [])
+    for call in calls:
+        function: JSON = told(call if isinstance(call, dict) else {}, "function", {})
+        yield ToolCall(told(function, "name", ""), told(function, "arguments", {}))
+
+
+def read_as(chat: Chat, events: Iterator[Event]) -> Iterator[Event]:
+    """The events of an answer as the request wants them read."""
+    last = chat.body["messages"][-1]
+    if "tools" in chat.body:
+        events = none_lost(events)
+    if chat.decode:
+        events = decoded(events, chat.decode)
+    if chat.one_call:
+        events = first_call(events)
+    if last["role"] == "assistant" and last["content"]:
+        events = unrepeated(events, last["content"])
+    if chat.stop:
+        events = until_stop(events, chat.stop, chat.prompt_tokens)
+    return events
 
 
 def told(chunk: JSON, name: str, otherwise: T) -> T:
@@ -966,10 +1269,49 @@ def told(chunk: JSON, name: str, otherwise: T) -> T:
     return value
 
 
-def estimated_tokens(messages: List[OllamaMessage]) -> int:
-    """Ollama has no tokenizer to ask; about four bytes make a token."""
-    return sum(len(text.encode()) for message in messages
-               for text in (message["content"], message.get("thinking", ""))) // 4 + len(messages)
+class TokenRates:
+    """How many bytes of a prompt make a token, for each model: Ollama has no tokenizer to ask, but
+    tells afterwards how many there were. One for all requests of a server."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seen: Dict[str, Tuple[float, float]] = {}     # bytes and tokens, older ones fading
+
+    def tokens(self, body: Mapping[str, Any]) -> int:
+        """An estimate of the length of a prompt."""
+        with self.lock:
+            size, tokens = self.seen.get(body["model"], (4.0, 1.0))
+        return max(1, int(prompt_bytes(body) * tokens / size) + IMAGE_TOKENS * images_in(body))
+
+    def learn(self, body: Mapping[str, Any], tokens: int) -> None:
+        """Take note of Ollama's count; not of one that leaves out what was cached (0.30.0), counts
+        twice (a `format` with thoughts before it), or has images in it."""
+        size = prompt_bytes(body)
+        if "format" in body or images_in(body) or not size / 16 < tokens < size:
+            return
+        with self.lock:
+            old_size, old_tokens = self.seen.pop(body["model"], (0.0, 0.0))
+            self.seen[body["model"]] = old_size / 2 + size, old_tokens / 2 + tokens
+            if len(self.seen) > RATES_KEPT:
+                del self.seen[next(iter(self.seen))]
+
+
+IMAGE_TOKENS = 768                 # as Ollama estimates them
+RATES_KEPT = 1000                  # of models; with an alias for *, their names are the clients'
+
+
+def prompt_bytes(body: Mapping[str, Any]) -> int:
+    """The length of what the model gets to read: texts and tools, and four bytes a message for what
+    its template adds."""
+    texts = [text for message in body["messages"]
+             for text in (message["content"], message.get("thinking", ""),
+                          *map(plain_json, message.get("tool_calls", ())))]
+    texts += map(plain_json, body.get("tools", ()))
+    return sum(len(text.encode()) for text in texts) + 4 * len(body["messages"])
+
+
+def images_in(body: Mapping[str, Any]) -> int:
+    return sum(len(message.get("images", ())) for message in body["messages"])
 
 
 def unreachable(url: str, reason: object) -> APIError:
@@ -1051,27 +1393,37 @@ MESSAGES_OPTIONS = {
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float),
     "top_k": Option("top_k", int)}
-MESSAGES_FIELDS = {"model", "messages", "system", "stream", "stop_sequences",
-                   "thinking.type", "output_config.effort", *MESSAGES_OPTIONS}
+MESSAGES_FIELDS = {
+    "model", "messages", "system", "stream", "stop_sequences", "thinking.type", "tools",
+    "tool_choice.type", "tool_choice.name", "tool_choice.disable_parallel_tool_use",
+    "output_config.effort", "output_config.format.type", "output_config.format.schema",
+    "output_format.type", "output_format.schema", *MESSAGES_OPTIONS}
 EFFORT_LEVELS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
-MESSAGES_BLOCKS = {"text": "content", "thinking": "thinking"}     # and where Ollama has their text
-STOP_REASONS = {"length": "max_tokens", "stop_sequence": "stop_sequence"}
+STOP_REASONS = {"length": "max_tokens", "stop_sequence": "stop_sequence", "tool_calls": "tool_use"}
 MESSAGES_PING = sse({"type": "ping"})
 
 
 def messages_request(body: JSON) -> Chat:
     """A Messages request as a chat for Ollama; unlike Anthropic's it needs no max_tokens."""
-    turns = [messages_turn(turn, path)
-             for path, turn in items(required(body, "messages", list), "messages", dict)]
+    if body.get("thread") is not None:       # anthropic-python 2's tool runner then sends it whole
+        raise APIError(400, "thread: threads are not kept here, send all messages", param="thread",
+                       details={"error_code": "thread_unsupported_request",
+                                "unsupported": ["thread"]})
+    history = History()
+    history.ignored += unread(body, MESSAGES_FIELDS)
+    turns = [message for path, turn in items(required(body, "messages", list), "messages", dict)
+             for message in messages_turn(turn, path, history)]
     if not turns:
         raise invalid("messages", "must not be empty")
-    return Chat({"model": required(body, "model", str),
+    chat = Chat({"model": required(body, "model", str),
                  "messages": system_first(messages_system(body) + turns),
                  "think": messages_think(body),
                  "options": options_of(body, MESSAGES_OPTIONS)},
                 stream=bool(optional(body, "stream", bool)),
                 stop=stop_texts(optional(body, "stop_sequences", list) or [], "stop_sequences"),
-                ignored=list(unread(body, MESSAGES_FIELDS)))
+                ignored=history.ignored)
+    messages_choice(body, chat, messages_tools(body, history))
+    return chat
 
 
 def messages_system(body: JSON) -> List[OllamaMessage]:
@@ -1081,19 +1433,178 @@ def messages_system(body: JSON) -> List[OllamaMessage]:
     return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
-def messages_turn(turn: JSON, path: str) -> OllamaMessage:
-    """One of `messages`. Images, documents and tools will be further rows of MESSAGES_BLOCKS."""
+def messages_turn(turn: JSON, path: str, history: History) -> List[OllamaMessage]:
+    """One of `messages`; what it has of tool results goes before the rest of it."""
     role = one_of(turn, path + ".role", ("user", "assistant", "system"))
     if turn.get("content") is None:
         raise invalid(path + ".content", "is required")
-    texts: Dict[str, List[str]] = {"content": [], "thinking": []}
-    for place, block in blocks_of(turn, path + ".content"):
-        kind = one_of(block, place + ".type", MESSAGES_BLOCKS)
-        texts[MESSAGES_BLOCKS[kind]].append(required(block, f"{place}.{kind}", str))
-    message: OllamaMessage = {"role": role, "content": "\n\n".join(texts["content"])}
-    if any(texts["thinking"]):
-        message["thinking"] = "\n\n".join(texts["thinking"])
-    return message
+    parts = messages_parts(turn, path + ".content", role, history)
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
+    if any(parts["thinking"]):
+        message["thinking"] = "\n\n".join(parts["thinking"])
+    if parts["images"]:
+        message["images"] = parts["images"]
+    if parts["tool_calls"]:
+        message["tool_calls"] = parts["tool_calls"]
+    results: List[OllamaMessage] = parts["results"]
+    nothing_else = message == {"role": role, "content": ""}
+    return results if results and nothing_else else [*results, message]
+
+
+Part = Tuple[str, Any]             # the key of Ollama's message that a block adds to, and what
+
+
+def messages_parts(owner: JSON, path: str, role: str, history: History) -> Dict[str, List[Any]]:
+    """The parts of the content blocks at `path`. A block that nobody here knows is dropped."""
+    parts: Dict[str, List[Any]] = {
+        key: [] for key in ("content", "thinking", "images", "tool_calls", "results")}
+    for place, block in blocks_of(owner, path):
+        kind = required(block, place + ".type", str)
+        roles, read = MESSAGES_BLOCKS.get(kind, ((role,), dropped_block))
+        if role not in roles:
+            raise invalid(place + ".type", f"{kind} cannot be in content of role {role}")
+        for key, part in read(block, place, history):
+            parts[key].append(part)
+    return parts
+
+
+def text_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    yield "content", required(block, path + ".text", str)
+
+
+def thinking_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    yield "thinking", required(block, path + ".thinking", str)
+
+
+def dropped_block(_block: JSON, path: str, history: History) -> Iterator[Part]:
+    history.ignored.append(path)
+    return iter(())
+
+
+def source_of(block: JSON, path: str, kinds: Sequence[str]) -> Tuple[str, JSON]:
+    """The source of an image or a document, and its kind."""
+    source = required(block, path + ".source", dict)
+    kind = required(source, path + ".source.type", str)
+    if kind not in kinds:
+        raise invalid(path + ".source.type", f"must be {' or '.join(kinds)}, not {dumps(kind)}: "
+                                             "this server fetches nothing")
+    return kind, source
+
+
+def image_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    _, source = source_of(block, path, ("base64",))
+    path += ".source.data"
+    yield "images", base64_checked(required(source, path, str), path)
+
+
+def document_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    """A document, inlined. Of a PDF, which needs a reader, only a note: to refuse it would end a
+    session of Claude Code that has read one."""
+    kind, source = source_of(block, path, ("text", "content", "base64"))
+    title = optional(block, path + ".title", str) or ""
+    texts = [optional(block, path + ".context", str) or ""]
+    if kind == "text":
+        texts.append(required(source, path + ".source.data", str))
+    elif kind == "content":
+        parts = messages_parts(source, path + ".source.content", "tool", history)
+        texts += parts["content"]
+        yield from (("images", image) for image in parts["images"])
+    else:
+        history.ignored.append(path)
+        texts.append(f"({source.get('media_type')}: cannot be read here)")
+    text = "\n\n".join(filter(None, texts))
+    yield "content", f"<document title={plain_json(title)}>\n{text}\n</document>"
+
+
+def search_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    title, source = (required(block, f"{path}.{name}", str) for name in ("title", "source"))
+    texts = messages_parts(block, path + ".content", "tool", history)["content"]
+    yield "content", "\n\n".join([f"{title} ({source})", *texts])
+
+
+def tool_use_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    id, name = (required(block, f"{path}.{key}", str) for key in ("id", "name"))
+    yield "tool_calls", history.call(id, name, required(block, path + ".input", dict))
+
+
+def tool_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    place = path + ".tool_use_id"
+    message = history.result(required(block, place, str), place)
+    parts = messages_parts(block, path + ".content", "tool", history)
+    text = "\n\n".join(filter(None, parts["content"])) or "(no text)"
+    failed = optional(block, path + ".is_error", bool)
+    message["content"] = "The tool failed: " + text if failed else text
+    if parts["images"]:
+        message["images"] = parts["images"]
+    yield "results", message
+
+
+def tool_reference_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    yield "content", "Tool loaded: " + required(block, path + ".tool_name", str)
+
+
+def mid_conv_system_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    parts = messages_parts(block, path + ".content", "tool", history)
+    return (("content", text) for text in parts["content"])
+
+
+# The roles in whose content a block may stand (tool: in a tool result or a document); its reader.
+MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[JSON, str, History], Iterator[Part]]]] = {
+    "text": (("user", "assistant", "system", "tool"), text_block),
+    "image": (("user", "tool"), image_block),
+    "document": (("user", "tool"), document_block),
+    "search_result": (("user", "tool"), search_result_block),
+    "mid_conv_system": (("user",), mid_conv_system_block),
+    "thinking": (("assistant",), thinking_block),
+    "redacted_thinking": (("assistant",), dropped_block),
+    "tool_use": (("assistant",), tool_use_block),
+    "tool_result": (("user",), tool_result_block),
+    "tool_reference": (("tool",), tool_reference_block)}
+
+
+def messages_tools(body: JSON, history: History) -> List[Tool]:
+    """The tools to offer: without Anthropic's own, which have a type, and deferred ones."""
+    tools = []
+    for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
+        kind = optional(tool, path + ".type", str) or "custom"
+        if kind != "custom" or optional(tool, path + ".defer_loading", bool):
+            history.ignored.append(path)
+            continue
+        name = required(tool, path + ".name", str)
+        if not name:
+            raise invalid(path + ".name", "must not be empty")
+        tools.append(Tool(name, optional(tool, path + ".description", str) or "",
+                          optional(tool, path + ".input_schema", dict) or {},
+                          path + ".input_schema"))
+    return tools
+
+
+def messages_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
+    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
+    choice = optional(body, "tool_choice", dict) or {"type": "auto"}
+    kind = one_of(choice, "tool_choice.type", ("auto", "any", "tool", "none"))
+    chat.one_call = bool(optional(choice, "tool_choice.disable_parallel_tool_use", bool))
+    if kind == "tool":
+        name = one_of(choice, "tool_choice.name", [tool.name for tool in tools])
+        tools = [tool for tool in tools if tool.name == name][:1]
+    if kind == "any" and not tools:
+        raise invalid("tool_choice.type", "is any, but no tool is offered")
+    if kind in ("any", "tool"):
+        chat.ignored += ["thinking"] if chat.body["think"] else []
+        force_call(chat, tools)
+    else:
+        offer_tools(chat, [] if kind == "none" else tools, *messages_format(body))
+
+
+def messages_format(body: JSON) -> Tuple[Optional[JSON], str]:
+    """The schema that the answer shall have, and its path; output_format is the older name."""
+    config = optional(body, "output_config", dict) or {}
+    for owner, path in ((config, "output_config.format"), (body, "output_format")):
+        wanted = optional(owner, path, dict)
+        if wanted is not None:
+            one_of(wanted, path + ".type", ("json_schema",))
+            return required(wanted, path + ".schema", dict), path + ".schema"
+    return None, ""
 
 
 def messages_think(body: JSON) -> Union[bool, str]:
@@ -1121,7 +1632,12 @@ def messages_usage(finish: Finish) -> JSON:
             "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
 
 
-def messages_block(kind: type, text: str) -> JSON:
+def messages_block(kind: type, parts: List[Any]) -> JSON:
+    """A content block of what it has so far."""
+    if kind is ToolCall:
+        return {"type": "tool_use", "id": new_id("toolu_"), "name": parts[0].name,
+                "input": parts[0].arguments}
+    text = "".join(part.text for part in parts)
     if kind is Thinking:
         return {"type": "thinking", "thinking": text, "signature": ""}
     return {"type": "text", "text": text}
@@ -1130,8 +1646,7 @@ def messages_block(kind: type, text: str) -> JSON:
 def messages_reply(chat: Chat, events: Iterator[Event]) -> JSON:
     """The Message object for a client that does not stream."""
     parts, finish = collected(events)
-    content = [messages_block(kind, "".join(part.text for part in run))
-               for kind, run in runs_of(parts)]
+    content = [messages_block(kind, list(run)) for kind, run in runs_of(parts)]
     return messages_object(chat, content, finish)
 
 
@@ -1141,7 +1656,7 @@ def messages_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
     Ollama counts the prompt in its last line only, so message_start has an estimate, and
     message_delta the count, which the SDKs let replace it."""
     events = begun(events)
-    start = Finish("", estimated_tokens(chat.body["messages"]), 0)
+    start = Finish("", chat.prompt_tokens, 0)
     yield sse({"type": "message_start",
                "message": {**messages_object(chat, [], start), "stop_reason": None}})
     for index, (kind, run) in enumerate(runs_of(events)):
@@ -1158,8 +1673,15 @@ def messages_block_frames(index: int, kind: type, run: Iterator[Any]) -> Iterato
     def delta(**fields: str) -> bytes:
         return sse({"type": "content_block_delta", "index": index, "delta": fields})
 
-    yield sse({"type": "content_block_start", "index": index,
-               "content_block": messages_block(kind, "")})
+    def start(block: JSON) -> bytes:
+        return sse({"type": "content_block_start", "index": index, "content_block": block})
+
+    if kind is ToolCall:
+        block = messages_block(kind, list(run))
+        yield start({**block, "input": {}})
+        yield delta(type="input_json_delta", partial_json=dumps(block["input"]))
+    else:
+        yield start(messages_block(kind, []))
     for part in run:
         yield (delta(type="thinking_delta", thinking=part.text) if kind is Thinking else
                delta(type="text_delta", text=part.text))
@@ -1176,7 +1698,8 @@ def messages_error(error: APIError, request_id: str) -> JSON:
     """An error object; the same JSON, as an event, ends a stream that fails."""
     otherwise = "invalid_request_error" if error.status < 500 else "api_error"
     kind = "overloaded_error" if error.retry_after else MESSAGES_ERRORS.get(error.status, otherwise)
-    return {"type": "error", "error": {"type": kind, "message": error.message},
+    details = {"details": error.details} if error.details else {}
+    return {"type": "error", "error": {"type": kind, "message": error.message, **details},
             "request_id": request_id}
 
 
@@ -1184,6 +1707,13 @@ def messages(ollama: Ollama, request: Request) -> Answer:
     """POST /v1/messages"""
     return ollama.answer(messages_request(request.body), messages_reply, messages_stream,
                          MESSAGES_PING)
+
+
+def count_tokens(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/messages/count_tokens: an estimate, without a word to Ollama. Claude Code's /context
+    asks for two dozen at once."""
+    chat = messages_request(request.body)
+    return Answer({"input_tokens": ollama.rates.tokens(chat.body)}, ignored=chat.ignored)
 
 
 # ---- OpenAI Chat Completions ---------------------------------------------------------------------
@@ -1313,7 +1843,7 @@ def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
             yield chunk({"content": event.text})
         elif isinstance(event, Thinking):
             yield chunk(chat_reasoning(event.text))
-        else:
+        elif isinstance(event, Finish):
             yield chunk({}, FINISH_REASONS.get(event.reason, event.reason))
             if chat.include_usage:
                 yield sse({**head, "choices": [], "usage": chat_usage(event)})
@@ -1385,10 +1915,27 @@ def timestamp(text: str) -> datetime:
     return datetime.fromisoformat(match[1] + (match[2] or "+00:00")).astimezone(timezone.utc)
 
 
-def models(ollama: Ollama, _request: Request) -> Answer:
-    """GET /v1/models"""
-    data = [model_object(model) for model in ollama.models()]
-    return Answer({"object": "list", "data": data, "has_more": False,
+def page(found: List[JSON], query: Mapping[str, str]) -> Tuple[List[JSON], bool]:
+    """What limit, after_id and before_id ask for, and whether there is more in that direction."""
+    ids = [model["id"] for model in found]
+    if not re.fullmatch("[1-9][0-9]{0,2}|1000", query.get("limit", "1")):
+        raise invalid("limit", "must be between 1 and 1000")
+    limit = int(query.get("limit", len(ids)))
+    for name in {"after_id", "before_id"} & query.keys():
+        if query[name] not in ids:
+            raise invalid(name, "must be the id of a model")
+    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
+    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+    if "before_id" in query:
+        first = max(start, end - limit)
+        return found[first:end], first > start
+    return found[start:start + limit], start + limit < end
+
+
+def models(ollama: Ollama, request: Request) -> Answer:
+    """GET /v1/models: all of them, or a page as Anthropic's clients may ask for"""
+    data, more = page([model_object(model) for model in ollama.models()], request.query)
+    return Answer({"object": "list", "data": data, "has_more": more,
                    "first_id": data[0]["id"] if data else None,
                    "last_id": data[-1]["id"] if data else None})
 
@@ -1432,6 +1979,7 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("POST", "/v1/messages", messages, messages_error),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, messages_error),
     Route("POST", "/v1/chat/completions", chat_completions, chat_error),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id}", one_model),
@@ -1564,7 +2112,8 @@ def read_head(incoming: Incoming, config: Config) -> Request:
     headers = read_fields(fields)
     if "host" not in headers and version == "1.1":
         raise APIError(400, "The Host header is missing.")
-    return Request(method, target.partition("?")[0], headers, version)
+    path, _, query = target.partition("?")
+    return Request(method, path, headers, version, dict(urllib.parse.parse_qsl(query)))
 
 
 def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:
@@ -1767,7 +2316,7 @@ class Exchange:
         return body
 
     def serve(self, route: Route) -> None:
-        with Ollama(self.config, self) as self.ollama:
+        with Ollama(self.config, self, self.server.rates) as self.ollama:
             answer = route.endpoint(self.ollama, self.request)
             if answer.ignored:
                 self.extra["x-ignored-fields"] = reported(answer.ignored)
@@ -1910,6 +2459,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         self.draining = False
         self.running = 0
+        self.rates = TokenRates()
         self.ended = threading.Condition()
         super().__init__((config.host, config.port), Connection)
 
@@ -1970,7 +2520,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     model: JSON = {"name": "demo:latest", "model": "demo:latest",
                    "modified_at": "2026-01-01T00:00:00Z", "details": {"context_length": 8192},
-                   "capabilities": ["completion", "thinking"]}
+                   "capabilities": ["completion", "tools", "thinking"]}
 
     def do_GET(self) -> None:
         answers: Dict[str, JSON] = {"/api/version": {"version": "demo"},
@@ -1980,24 +2530,33 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         known = tagged(body["model"]) == self.model["name"]
-        self.reply(200 if known else 404, self.chat(body) if known else
+        answers = {"/api/show": lambda _: [self.model], "/api/chat": self.chat}
+        self.reply(200 if known else 404, answers[self.path](body) if known else
                    [{"error": f"model '{body['model']}' not found"}])
 
     def chat(self, body: JSON) -> Iterator[JSON]:
-        """The chunks of an answer, word by word."""
-        said = body["messages"][-1]["content"]
-        text = f"This is a demo: no model is running. You said: {said}"
-        words = re.findall(r"\s*\S+", text)
+        """An answer word by word, or a call of the first tool to who says "tool"."""
+        last = body["messages"][-1]
+        words = re.findall(r"\s*\S+", self.text(body, last["content"]))
         end = body["options"].get("num_predict", len(words))
+        message: JSON = {"role": "assistant", "content": ""}
         if body.get("think"):
-            yield {"message": {"role": "assistant", "content": "", "thinking": "What was said?"}}
+            yield {"message": {**message, "thinking": "What was said?"}}
+        if "tools" in body and last["role"] == "user" and "tool" in last["content"].lower():
+            function = body["tools"][0]["function"]
+            words, message["tool_calls"] = [], [{"function": {
+                "name": function["name"], "arguments": sample(function["parameters"], {})}}]
         for word in words[:end]:
             time.sleep(0.02)
-            yield {"message": {"role": "assistant", "content": word}, "done": False}
-        yield {"message": {"role": "assistant", "content": ""}, "done": True,
+            yield {"message": {**message, "content": word}, "done": False}
+        yield {"message": message, "done": True,
                "done_reason": "stop" if end >= len(words) else "length",
-               "prompt_eval_count": estimated_tokens(body["messages"]),
-               "eval_count": len(words[:end])}
+               "prompt_eval_count": prompt_bytes(body) // 4, "eval_count": len(words[:end]) or 1}
+
+    def text(self, body: JSON, said: str) -> str:
+        if "format" in body:
+            return plain_json(sample(body["format"], body["format"].get("$defs", {})))
+        return f"This is a demo: no model is running. You said: {said}"
 
     def reply(self, status: int, lines: Iterable[JSON]) -> None:
         self.send_response(status)
@@ -2011,6 +2570,21 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def sample(schema: JSON, definitions: JSON, level: int = 0) -> Any:
+    """The smallest value that a schema for `format` allows; of one without end, a beginning."""
+    if "$ref" in schema and level < 4:
+        return sample(definitions[schema["$ref"].rpartition("/")[2]], definitions, level + 1)
+    if "anyOf" in schema:
+        return sample(schema["anyOf"][0], definitions, level + 1)
+    if "const" in schema or "enum" in schema:
+        return schema.get("const", schema.get("enum", [None])[0])
+    if "properties" in schema:
+        return {name: sample(schema["properties"][name], definitions, level + 1)
+                for name in schema.get("required", ())}
+    values = {"object": {}, "array": [], "string": "demo", "boolean": True, "null": None}
+    return values.get(list_of(schema.get("type", "object"))[0], max(0, schema.get("minimum", 0)))
 
 
 def start_demo(config: Config) -> Config:
@@ -2117,7 +2691,7 @@ def banner(server: Server) -> str:
     config = server.config
     lines = [f"ollama_api.py {__version__} listens on {server.url}"]
     try:
-        with Ollama(config, Nobody()) as ollama:
+        with Ollama(config, Nobody(), server.rates) as ollama:
             version = ollama.get("/api/version", config.health_seconds).get("version")
             names = [model_name(model) for model in ollama.models()]
         shown = ", ".join(names) or "none; try: ollama pull phi4"
