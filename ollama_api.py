@@ -874,7 +874,7 @@ def chosen(value: JSON) -> Event:
     """The tool call, or the answer, that a bound answer to CALL_ANY or CALL_OR_ANSWER is."""
     if "answer" in value:
         return Text(plain_json(value["answer"]))
-    return ToolCall(told(value, "name", ""), told(value, "parameters", {}))
+    return tool_call(value, "parameters")
 
 
 # ---- Ollama --------------------------------------------------------------------------------------
@@ -1239,8 +1239,14 @@ def parts_of(message: JSON) -> Iterator[Event]:
         yield Text(text)
     calls: List[Any] = told(message, "tool_calls", [])
     for call in calls:
-        function: JSON = told(call if isinstance(call, dict) else {}, "function", {})
-        yield ToolCall(told(function, "name", ""), told(function, "arguments", {}))
+        yield tool_call(told(call if isinstance(call, dict) else {}, "function", {}), "arguments")
+
+
+def tool_call(value: JSON, arguments: str) -> ToolCall:
+    """A call that the model or Ollama gives as JSON; its arguments may be absent, its name not."""
+    if not told(value, "name", ""):
+        raise broken(f"a tool call without a name: {dumps(value)[:80]}")
+    return ToolCall(value["name"], told(value, arguments, {}))
 
 
 def read_as(chat: Chat, events: Iterator[Event]) -> Iterator[Event]:

@@ -47,7 +47,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 from unittest import mock
 
 import ollama_api
-from ollama_api import Config, Event, Finish, Text, Thinking
+from ollama_api import Config, Event, Finish, Text, Thinking, ToolCall
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 10.0     # seconds: the end of every wait for something that should happen at once
@@ -1636,6 +1636,41 @@ class Tables(ServerCase):
         self.assertEqual(found, [Text("a "), Text("E"), Thinking("END"), Text("ND"),
                                  Finish("stop", 7, 6)])
 
+    def test_a_tool_call_and_what_follows_it_wait_for_the_end(self) -> None:
+        call = ToolCall("a", {"b": 1})
+        for chunks, wanted in (
+                ([line(calls(("a", {"b": 1}))), content("x"), thinking("y"), done()],
+                 [call, Text("x"), Thinking("y"), Finish("tool_calls", 7, 6)]),
+                ([content("x"), done("stop", 7, 6, {**calls(("a", {"b": 1})), "content": "z"})],
+                 [Text("x"), Text("z"), call, Finish("tool_calls", 7, 6)]),
+                ([line(calls(("a", {"b": 1}), ("a", {"b": 1}))), done("length")],
+                 [call, call, Finish("length", 7, 6)]),
+                ([line(calls(("a", None))), done("")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)])):
+            self.assertEqual(list(ollama_api.events_of(iter(chunks))), wanted)
+        events = ollama_api.events_of(iter([content("x"), line(calls(("a", {}))), content("y")]))
+        self.assertEqual(next(events), Text("x"))
+        with self.assertRaises(ollama_api.APIError):
+            next(events)
+
+    def test_an_answer_of_nothing_is_an_error_only_where_a_tool_call_was_lost(self) -> None:
+        for tools, reason, tokens, status in (
+                ([{"name": "a"}], "stop", 6, 502), ([{"name": "a"}], "stop", 1, 200),
+                ([{"name": "a"}], "length", 4, 200), ([], "stop", 6, 200)):
+            self.ollama.queue(Script([done(reason, 7, tokens)]))
+            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": tools})
+            self.assertEqual(reply.status, status)
+
+    def test_who_is_asked_whether_it_can_see(self) -> None:
+        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        for abilities, status in (({"capabilities": ["vision"]}, 200), ({}, 200),
+                                  ({"capabilities": []}, 400)):
+            self.ollama.scripts = [Script([abilities]), Script()]
+            reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
+            self.assertEqual(reply.status, status)
+        self.ollama.scripts = [Script([{"error": "model 'nope' not found"}], 404)]
+        reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
+        self.assertEqual(reply.status, 404)
+
     def test_events_of_both_kinds_differ_even_with_equal_text(self) -> None:
         self.assertNotEqual(Text("a"), Thinking("a"))
 
@@ -1895,6 +1930,47 @@ class Schemas(unittest.TestCase):
         self.assertLess(len("".join(left_out)), 64 * 200)
 
 
+# A tool's schema, and what Ollama is given for it; the kinds that it refuses are those of the
+# recordings `tool-odd-schema`.
+TOOL_SCHEMAS: List[Any] = [
+    ({}, {"type": "object", "properties": {}}),
+    ({"type": 5, "properties": [], "required": "a"}, {"type": "object", "properties": {}}),
+    (prop({"type": "string", "enum": []}), prop({"type": "string"})),
+    (prop({"type": "string", "enum": "x", "description": 5}), prop({"type": "string"})),
+    (prop({"enum": ["x", 1, None], "description": "D"}), prop({"enum": ["x", 1, None], "description": "D"})),
+    (prop({"type": ["string", "thing", "null"]}), prop({"type": ["string", "null"]})),
+    (prop({"type": "thing"}), prop({})), (prop(True), prop({})), (prop({"const": [1]}), prop({"enum": [[1]]})),
+    (prop({"type": "array", "items": {"type": "integer", "pattern": "(?=x)"}}),
+     prop({"type": "array", "items": {"type": "integer"}})),
+    (prop({"oneOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}),
+     prop({"anyOf": [{"type": "string"}, {"type": "null"}]})),
+    (prop({"anyOf": []}, required=["a", 5]), prop({}, required=["a"])),
+    (prop({"$ref": "#/$defs/x", "description": "D"}, **{"$defs": {"x": prop({"type": "null"})}}),
+     prop({**prop({"type": "null"}), "description": "D"})),
+    (prop({"allOf": [{"$ref": "#/definitions/x"}]}, definitions={"x": {"enum": ["y"]}}),
+     prop({"enum": ["y"]})),
+    (prop({"$ref": "#/$defs/none"}), prop({})), (prop({"$ref": "https://a"}), prop({})),
+    (prop({"$ref": "#"}), prop(prop({}))),
+    ({"properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}, "type": "object"},
+     {"type": "object", "properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}}),
+]
+
+
+class ToolSchemas(unittest.TestCase):
+
+    def test_what_ollama_is_given(self) -> None:
+        for schema, wanted in TOOL_SCHEMAS:
+            with self.subTest(schema=schema):
+                self.assertEqual(json.dumps(ollama_api.tool_schema(schema)), json.dumps(wanted))
+
+    def test_little_cannot_become_endless(self) -> None:
+        twice = {f"d{n}": {"properties": {"a": {"$ref": f"#/$defs/d{n + 1}"},
+                                          "b": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(50)}
+        for schema in ({"$defs": twice, **twice["d0"]}, nested(90)):
+            found = json.dumps(ollama_api.tool_schema(prop(schema, **{"$defs": twice})))
+            self.assertLess(len(found), 100 * ollama_api.SCHEMA_PARTS)
+
+
 class ForcedCalls(ServerCase):
     """The scripted Ollama obeys nothing but `format` here, as a model without tools does."""
 
@@ -1959,7 +2035,9 @@ def example(schema: Any, root: Any) -> Any:
     if schema.get("type") == "object" or "properties" in schema:
         return {name: example(schema["properties"][name], root)
                 for name in schema.get("required", ())}
-    return {"string": "text", "integer": schema.get("minimum", 0)}.get(schema.get("type"))
+    kind = schema.get("type")
+    return {"string": "text", "integer": schema.get("minimum", 0)}.get(
+        kind[0] if isinstance(kind, list) else kind)
 
 
 class HarmlessSchemas(ServerCase):
@@ -1967,6 +2045,8 @@ class HarmlessSchemas(ServerCase):
     def test_no_schema_that_hurts_ollama_reaches_it(self) -> None:
         schemas = [row[0] for row in SCHEMAS + BAD_SCHEMAS]
         answered: Dict[int, int] = collections.Counter()
+        self.ollama.forever = lambda body: Script([
+            content(json.dumps(example(body.get("format", {}), body.get("format")))), done()])
         for schema in schemas:
             tool = {"name": "a", "input_schema": prop(schema)}
             bodies: List[Any] = [
@@ -1975,7 +2055,6 @@ class HarmlessSchemas(ServerCase):
                 {"tools": [tool], "output_format": {"type": "json_schema", "schema": schema}}]
             for body in bodies:
                 with self.subTest(body=str(body)[:200]):
-                    self.ollama.forever = lambda body: Script([content("{}"), done()])
                     reply = self.ask("POST", MESSAGES, {"messages": USER, **body})
                     self.assertIn(reply.status, (200, 400))
                     answered[reply.status] += 1
@@ -2062,6 +2141,7 @@ class CountTokens(ServerCase):
             rates.learn({**body, **more}, tokens)
             self.assertEqual(rates.tokens(body), before)
         rates.learn(body, 2000)
+        rates.learn({**body, "model": "other"}, 1000)
         self.assertEqual(rates.tokens(body), 2000)
         for number in range(2 * ollama_api.RATES_KEPT):
             rates.learn({**body, "model": str(number)}, 1000)
@@ -2469,6 +2549,10 @@ class OverTime(ServerCase):
                 ([line({}, done=True, eval_count="6")], 502, "eval_count is"),
                 ([line({}, done=True, done_reason={})], 502, "done_reason is {}"),
                 ([{"error": {"message": 5}}], 502, "message is 5"),
+                ([line({"tool_calls": {"name": "a"}}), done()], 502, "tool_calls is {"),
+                ([line({"tool_calls": ["a"]}), done()], 502, "without a name: {}"),
+                ([line(calls(("", {}))), done()], 502, "without a name: {"),
+                ([line(calls(("a", "{}"))), done()], 502, 'arguments is \\"{}\\"'),
                 ([json.dumps(done()).encode()], 200, "stop"),            # no newline at the end
                 ([*SKY, b"{broken\n"], 200, "The sky is blue."),         # after the answer
                 ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], 200, "\\u00fc")):
