@@ -1423,7 +1423,7 @@ def messages_request(body: JSON) -> Chat:
         raise invalid("messages", "must not be empty")
     chat = Chat({"model": required(body, "model", str),
                  "messages": system_first(messages_system(body) + turns),
-                 "think": messages_think(body),
+                 "think": messages_think(body, history),
                  "options": options_of(body, MESSAGES_OPTIONS)},
                 stream=bool(optional(body, "stream", bool)),
                 stop=stop_texts(optional(body, "stop_sequences", list) or [], "stop_sequences"),
@@ -1613,13 +1613,16 @@ def messages_format(body: JSON) -> Tuple[Optional[JSON], str]:
     return None, ""
 
 
-def messages_think(body: JSON) -> Union[bool, str]:
+def messages_think(body: JSON, history: History) -> Union[bool, str]:
     """Ollama's `think`: off when absent, else on or at the level of output_config.effort."""
     thinking = optional(body, "thinking", dict) or {"type": "disabled"}
     kind = one_of(thinking, "thinking.type", ("enabled", "adaptive", "between_tools", "disabled"))
     config = optional(body, "output_config", dict) or {}
     effort = config.get("effort") and one_of(config, "output_config.effort", EFFORT_LEVELS)
-    return kind != "disabled" and (EFFORT_LEVELS[effort] if effort else True)
+    if kind == "disabled":
+        history.ignored += ["output_config.effort"] if effort else []
+        return False
+    return EFFORT_LEVELS[effort] if effort else True
 
 
 def messages_object(chat: Chat, content: List[JSON], finish: Finish) -> JSON:

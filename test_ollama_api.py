@@ -1585,6 +1585,28 @@ class Tables(ServerCase):
                 error = ollama_api.refusal(status, json.dumps({"error": text}))
                 self.assertEqual((error.status, error.message[:len(message)]), (ours, message))
 
+    def test_the_types_of_anthropics_errors(self) -> None:
+        for status, retry_after, kind in (
+                (400, None, "invalid_request_error"), (401, None, "authentication_error"),
+                (403, None, "permission_error"), (404, None, "not_found_error"),
+                (405, None, "invalid_request_error"), (413, None, "request_too_large"),
+                (429, None, "rate_limit_error"), (500, None, "api_error"), (502, None, "api_error"),
+                (503, None, "api_error"), (503, 5, "overloaded_error"), (504, None, "timeout_error")):
+            error = ollama_api.APIError(status, "words", retry_after=retry_after)
+            self.assertEqual(ollama_api.messages_error(error, "req_1"), {
+                "type": "error", "request_id": "req_1", "error": {"type": kind, "message": "words"}})
+
+    def test_how_much_thought_is_asked_for(self) -> None:
+        for thinking_, effort, think in (
+                (None, None, False), (None, "high", False), ({"type": "disabled"}, "high", False),
+                ({"type": "enabled", "budget_tokens": 5}, None, True), ({"type": "adaptive"}, None, True),
+                ({"type": "between_tools"}, None, True), ({"type": "adaptive"}, "low", "low"),
+                ({"type": "adaptive"}, "xhigh", "max"), ({"type": "enabled"}, "max", "max")):
+            self.ollama.queue(Script())
+            self.ask("POST", MESSAGES, {"messages": USER, "thinking": thinking_,
+                                        "output_config": {"effort": effort}})
+            self.assertEqual(self.ollama.asked[-1][1]["think"], think)
+
     def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
         overflow = Script([{"error": "the input length exceeds the context length"}], 400)
         for body, told in (({"model": "plain"}, "prompt is too long: 10001 tokens > 512 maximum"),
@@ -2315,7 +2337,7 @@ class HTTP(ServerCase):
                 (MESSAGES, {"metadata": {"user_id": "me"},
                             "thinking": {"type": "disabled", "display": "x"},
                             "output_config": {"task_budget": {}, "effort": "low"}},
-                 "metadata, output_config.task_budget, thinking.display"),
+                 "metadata, output_config.effort, output_config.task_budget, thinking.display"),
                 (MESSAGES, {"a\r\nb": 1, "x" * 200: 1, **{f"f{n}": 1 for n in range(99)}},
                  ", ".join(["?", *sorted(f"f{n}" for n in range(62))])),
                 (MESSAGES, {"tools": [{"name": "a"}, {"type": "bash_20250124", "name": "bash"},
