@@ -129,6 +129,7 @@ class Config:
     ask_seconds: float = 10             # for what Ollama answers without a model: tags, ps
     health_seconds: float = 2
     line_bytes: int = 32 * 1024 * 1024  # of Ollama's answer
+    embed_bytes: int = 256 * 1024 * 1024
     grace_seconds: float = 10           # for running requests after SIGTERM
 
 
@@ -154,12 +155,17 @@ class OllamaMessage(TypedDict, total=False):
 
 
 class OllamaChat(TypedDict, total=False):
-    """The body of POST /api/chat, as far as dialects fill it in."""
+    """The body of POST /api/chat, or of /api/generate where it has a prompt."""
     model: str
     messages: List[OllamaMessage]
+    prompt: str
+    suffix: str                # what comes after the text that is to be filled in
     tools: List[JSON]          # {"type": "function", "function": {name, description, parameters}}
     format: JSON               # a JSON schema, made by SchemaReducer
     think: Union[bool, str]
+    logprobs: bool
+    top_logprobs: int
+    keep_alive: Union[str, float]
     options: JSON
 
 
@@ -171,6 +177,14 @@ class Thinking:
 @dataclass(frozen=True)
 class Text:
     text: str
+    logprobs: Tuple[JSON, ...] = ()    # Ollama's: {token, logprob, bytes, top_logprobs}
+
+    def __add__(self, other: Text) -> Text:
+        return Text(self.text + other.text, self.logprobs + other.logprobs)
+
+    def split(self, at: int) -> Tuple[Text, Text]:
+        """Two texts; the logprobs, which know no places, go with the first of them."""
+        return Text(self.text[:at], self.logprobs), Text(self.text[at:])
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,7 @@ class Finish:
     prompt_tokens: int                 # stop_sequence
     completion_tokens: int
     stop_sequence: Optional[str] = None
+    cached_tokens: Optional[int] = None    # of the prompt; since 0.34
 
 
 Event = Union[Thinking, Text, ToolCall, Finish]
@@ -255,6 +270,39 @@ REPORTED_FIELDS = 64
 
 dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
 plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of a model
+
+STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def strict_json(data: bytes, depth: int) -> Any:
+    """JSON (RFC 8259): strict UTF-8, of bounded depth, without what json.loads takes but Ollama
+    does not: NaN, Infinity, numbers beyond a float, lone surrogates. ValueError says why not."""
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"{what} is not JSON")
+
+    def finite(digits: str) -> float:
+        return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
+
+    if nested_deeper(data, depth):
+        raise ValueError(f"it is nested deeper than {depth} levels")
+    value = json.loads(data.decode(), parse_constant=refuse, parse_float=finite)
+    if b"\\u" in data:
+        json.dumps(value, ensure_ascii=False).encode()         # fails on a lone surrogate
+    return value
+
+
+def nested_deeper(data: bytes, depth: int) -> bool:
+    """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
+
+    Each round takes the innermost pairs away; json.loads will refuse what does not pair."""
+    brackets = STRINGS.sub(b"", data).translate(None, NO_BRACKETS)
+    for _ in range(depth):
+        if not brackets:
+            break
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return b"[]" in brackets or b"{}" in brackets or len(brackets) > depth
+
 
 KINDS: Dict[type, Tuple[str, Tuple[type, ...]]] = {
     str: ("a string", (str,)), bool: ("true or false", (bool,)), int: ("an integer", (int,)),
@@ -462,17 +510,17 @@ def first_call(events: Iterator[Event]) -> Iterator[Event]:
 def unrepeated(events: Iterator[Event], beginning: str) -> Iterator[Event]:
     """Drop the beginning of an answer where the model was given it: the native path of 0.30 and
     later repeats it at once, other releases go on from there."""
-    held = ""
+    held = Text("")
     for event in events:
         if isinstance(event, Text):
-            held += event.text
-            if beginning.startswith(held) and held != beginning:
+            held += event
+            if beginning.startswith(held.text) and held.text != beginning:
                 continue
-            event = Text(held[len(beginning):] if held.startswith(beginning) else held)
-            beginning, held = "", ""
-        elif held:
-            yield Text(held)
-            beginning, held = "", ""
+            event = held.split(len(beginning))[1] if held.text.startswith(beginning) else held
+            beginning, held = "", Text("")
+        elif held.text:
+            yield held
+            beginning, held = "", Text("")
         if event != Text(""):
             yield event
 
@@ -484,20 +532,20 @@ def until_stop(events: Iterator[Event], stops: Sequence[str],
     Sent to Ollama as `stop` they would replace the model's own list, and Ollama never tells which
     one it met. What may be the beginning of one is held back. Since Ollama's counts come last, the
     prompt's is the caller's estimate then, and the answer's the number of chunks."""
-    held, chunks = "", 0
+    held, chunks = Text(""), 0
     for event in events:
         chunks += 1
         if not isinstance(event, Text):
-            if held:
-                yield Text(held)
-            held = ""
+            if held != Text(""):
+                yield held
+            held = Text("")
             yield event
             continue
-        held += event.text
-        start, stop = first_stop(held, stops)
+        held += event
+        start, stop = first_stop(held.text, stops)
         if start:
-            yield Text(held[:start])
-        held = held[start:]
+            ready, held = held.split(start)
+            yield ready
         if stop is not None:
             yield Finish("stop_sequence", prompt_tokens, chunks, stop)
             return
@@ -1030,14 +1078,15 @@ class Ollama:
         self.opened.close()
 
     def chat(self, chat: Chat) -> Iterator[Event]:
-        """POST /api/chat: the events of the answer. Asks when it is first advanced.
+        """POST /api/chat or generate: the events of the answer. Asks when it is first advanced.
 
         `truncate` false makes an overflow an error: by default Ollama drops messages silently."""
         options = dict(chat.body["options"])
         if self.config.num_ctx is not None:
             options.setdefault("num_ctx", self.config.num_ctx)
         body: JSON = {**chat.body, "options": options, "truncate": False, "stream": True}
-        events = events_of(chunks_of(self.ask_chat(body), self.config.line_bytes))
+        path = "/api/generate" if "prompt" in body else "/api/chat"
+        events = events_of(chunks_of(self.ask(path, body), self.config.line_bytes))
         for event in read_as(chat, self.noted(chat, events)):
             self.first_at = self.first_at or time.monotonic()
             if isinstance(event, Finish):
@@ -1060,23 +1109,28 @@ class Ollama:
             return Answer(stream(chat, events), pings=itertools.repeat(ping), ignored=chat.ignored)
         return Answer(reply(chat, events), ignored=chat.ignored)
 
-    def ask_chat(self, body: JSON) -> http.client.HTTPResponse:
+    def embed(self, body: JSON) -> JSON:
+        """POST /api/embed: the whole answer."""
+        response = self.ask("/api/embed", {**body, "truncate": False})
+        return parse_line(whole(response, self.config.embed_bytes))
+
+    def ask(self, path: str, body: JSON) -> http.client.HTTPResponse:
         """Ask by the name that the client gave, else by the one that an alias gives."""
         for name in self.names_for(body["model"]):
             try:
-                if any("images" in message for message in body["messages"]):
+                if images_in(body):
                     self.demand_vision(name)
-                return self.ask({**body, "model": name})
+                return self.ask_model(path, {**body, "model": name})
             except APIError as error:
                 if error.code != "model_not_found":
                     raise
         raise self.not_installed(name)
 
-    def ask(self, body: JSON) -> http.client.HTTPResponse:
+    def ask_model(self, path: str, body: JSON) -> http.client.HTTPResponse:
         """Ask; ask again, where it is `think` that Ollama refuses."""
         while True:
             try:
-                return self.open("/api/chat", body)
+                return self.open(path, body)
             except PromptTooLong as error:
                 raise self.with_numbers(error, body) from error
             except APIError as error:
@@ -1109,7 +1163,7 @@ class Ollama:
         loaded = (model.get("context_length", 0)
                   for model in self.get("/api/ps").get("models") or ()
                   if tagged(model_name(model)) == tagged(body["model"]))
-        context = body["options"].get("num_ctx") or next(loaded, 0)
+        context = body.get("options", {}).get("num_ctx") or next(loaded, 0)
         return PromptTooLong(max(self.rates.tokens(body), context + 1), context)
 
     def models(self) -> List[JSON]:
@@ -1212,10 +1266,10 @@ def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
     block is closed, and would run it again when the answer breaks off and is asked for again."""
     held: List[Event] = []
     for chunk in chunks:
-        message = chunk.get("message")
+        message = chunk if "response" in chunk else chunk.get("message")
         if not isinstance(message, dict):  # {"error": ...} under a 200
             raise refusal(500, dumps(chunk))
-        for event in parts_of(message):
+        for event in parts_of(chunk, message):
             if held or isinstance(event, ToolCall):
                 held.append(event)
             else:
@@ -1224,19 +1278,23 @@ def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
             yield from held
             reason = told(chunk, "done_reason", "") or "stop"
             yield Finish("tool_calls" if held and reason == "stop" else reason,
-                         told(chunk, "prompt_eval_count", 0), told(chunk, "eval_count", 0))
+                         told(chunk, "prompt_eval_count", 0), told(chunk, "eval_count", 0),
+                         cached_tokens=told(chunk, "prompt_eval_cached_count", 0)
+                         if "prompt_eval_cached_count" in chunk else None)
             return
     # Up to 0.32 it does so after 30 equal tokens in a row.
     raise broken("it ended without saying that it was done")
 
 
-def parts_of(message: JSON) -> Iterator[Event]:
-    """What one chunk has of an answer: any of them, or nothing."""
-    thoughts, text = told(message, "thinking", ""), told(message, "content", "")
+def parts_of(chunk: JSON, message: JSON) -> Iterator[Event]:
+    """What one chunk has of an answer: any of them, or nothing. /api/generate has `response`."""
+    thoughts = told(message, "thinking", "")
+    text = told(message, "content", "") or told(message, "response", "")
+    logprobs: List[Any] = told(chunk, "logprobs", [])
     if thoughts:
         yield Thinking(thoughts)
-    if text:
-        yield Text(text)
+    if text or logprobs and not thoughts:
+        yield Text(text, tuple(logprobs))
     calls: List[Any] = told(message, "tool_calls", [])
     for call in calls:
         yield tool_call(told(call if isinstance(call, dict) else {}, "function", {}), "arguments")
@@ -1249,17 +1307,22 @@ def tool_call(value: JSON, arguments: str) -> ToolCall:
     return ToolCall(value["name"], told(value, arguments, {}))
 
 
+def prefill(body: OllamaChat) -> str:
+    """The beginning of the answer that the client gave as the last message."""
+    last = body["messages"][-1] if "messages" in body else {}
+    return last["content"] if last.get("role") == "assistant" else ""
+
+
 def read_as(chat: Chat, events: Iterator[Event]) -> Iterator[Event]:
     """The events of an answer as the request wants them read."""
-    last = chat.body["messages"][-1]
     if "tools" in chat.body:
         events = none_lost(events)
     if chat.decode:
         events = decoded(events, chat.decode)
     if chat.one_call:
         events = first_call(events)
-    if last["role"] == "assistant" and last["content"]:
-        events = unrepeated(events, last["content"])
+    if prefill(chat.body):
+        events = unrepeated(events, prefill(chat.body))
     if chat.stop:
         events = until_stop(events, chat.stop, chat.prompt_tokens)
     return events
@@ -1309,15 +1372,17 @@ RATES_KEPT = 1000                  # of models; with an alias for *, their names
 def prompt_bytes(body: Mapping[str, Any]) -> int:
     """The length of what the model gets to read: texts and tools, and four bytes a message for what
     its template adds."""
-    texts = [text for message in body["messages"]
+    messages = body.get("messages", ())
+    texts = [text for message in messages
              for text in (message["content"], message.get("thinking", ""),
                           *map(plain_json, message.get("tool_calls", ())))]
-    texts += map(plain_json, body.get("tools", ()))
-    return sum(len(text.encode()) for text in texts) + 4 * len(body["messages"])
+    texts += [body.get("prompt", ""), body.get("suffix", ""), *list_of(body.get("input", "")),
+              *map(plain_json, body.get("tools", ()))]
+    return sum(len(text.encode()) for text in texts) + 4 * (len(messages) or 1)
 
 
 def images_in(body: Mapping[str, Any]) -> int:
-    return sum(len(message.get("images", ())) for message in body["messages"])
+    return sum(len(message.get("images", ())) for message in body.get("messages", ()))
 
 
 def unreachable(url: str, reason: object) -> APIError:
@@ -1637,8 +1702,10 @@ def messages_stop(finish: Finish) -> JSON:
 
 
 def messages_usage(finish: Finish) -> JSON:
-    return {"input_tokens": finish.prompt_tokens, "output_tokens": finish.completion_tokens,
-            "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    cached = finish.cached_tokens or 0
+    return {"input_tokens": finish.prompt_tokens - cached,
+            "output_tokens": finish.completion_tokens,
+            "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached}
 
 
 def messages_block(kind: type, parts: List[Any]) -> JSON:
@@ -2181,42 +2248,15 @@ def fitting(size: int, config: Config) -> int:
     return size
 
 
-STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
 def parse_body(data: bytes, depth: int) -> JSON:
-    """A body as a JSON object (RFC 8259): strict UTF-8, of bounded depth, without what json.loads
-    takes but Ollama does not: NaN, Infinity, numbers beyond a float, lone surrogates."""
-    def refuse(what: str) -> NoReturn:
-        raise ValueError(f"{what} is not JSON")
-
-    def finite(digits: str) -> float:
-        return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
-
-    if nested_deeper(data, depth):
-        raise APIError(400, f"The body is nested deeper than {depth} levels.")
+    """A body as a JSON object; 400 says what is wrong with it."""
     try:
-        body = json.loads(data.decode(), parse_constant=refuse, parse_float=finite)
-        if b"\\u" in data:
-            json.dumps(body, ensure_ascii=False).encode()      # fails on a lone surrogate
-    except ValueError as error:                                # a UnicodeError is one
+        body = strict_json(data, depth)
+    except ValueError as error:
         raise APIError(400, f"The body is not JSON: {error}.") from error
     if not isinstance(body, dict):
         raise APIError(400, f"The body must be a JSON object, not {kind_of(body)}.")
     return body
-
-
-def nested_deeper(data: bytes, depth: int) -> bool:
-    """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
-
-    Each round takes the innermost pairs away; json.loads will refuse what does not pair."""
-    brackets = STRINGS.sub(b"", data).translate(None, NO_BRACKETS)
-    for _ in range(depth):
-        if not brackets:
-            break
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    return b"[]" in brackets or b"{}" in brackets or len(brackets) > depth
 
 
 def is_loopback(host: str) -> bool:

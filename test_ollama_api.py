@@ -1503,8 +1503,8 @@ BAD_BODIES = [
     (CHAT, b'{"temperature": 1e999}', "The body is not JSON: 1e999 is not JSON."),
     (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
     (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
-    (CHAT, b"[" * 100000, "The body is nested deeper than 200 levels."),
-    (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is nested deeper than 200 levels."),
+    (CHAT, b"[" * 100000, "The body is not JSON: it is nested deeper than 200 levels."),
+    (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is not JSON: it is nested deeper than 200 levels."),
     (MESSAGES, b"{", "The body is not JSON: Expecting property name"),
 ]
 
