@@ -14,6 +14,8 @@ Endpoints
     POST /v1/messages/count_tokens an estimate of a prompt's length
     POST /v1/chat/completions      OpenAI Chat Completions; curl and requests get a stream unless
                                    they say "stream": false
+    POST /v1/completions           one text continued, or filled in
+    POST /v1/embeddings            texts as vectors
     GET  /v1/models                what Ollama has installed, readable by both SDKs
     GET  /v1/models/{id}           one of them
     GET  /health                   200 while Ollama answers, else 503
@@ -26,6 +28,7 @@ Contents of this file, from top to bottom
     Ollama                         the upstream, and how to wait for it
     Anthropic Messages             a dialect
     OpenAI Chat Completions        a dialect
+    Completions and Embeddings     OpenAI's smaller endpoints
     Models and health              what is installed, and whether it answers
     Routes                         the product on one screen
     HTTP server                    bytes in, bytes out
@@ -60,6 +63,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -213,6 +217,7 @@ class Chat:
     stop: Sequence[str] = ()           # matched by until_stop, never sent to Ollama
     decode: Optional[Callable[[JSON], Event]] = None    # reads an answer that is a call in JSON
     one_call: bool = False             # drop all tool calls but the first
+    function_call: bool = False        # tell of it in OpenAI's older form
     include_usage: bool = False
     prompt_tokens: int = 0             # an estimate, until Ollama tells
     ignored: List[str] = dataclasses.field(default_factory=list)    # fields without effect
@@ -381,6 +386,31 @@ def options_of(body: JSON, table: Mapping[str, Option]) -> JSON:
     return options
 
 
+# What Ollama's own clients may set, and people miss most in foreign APIs.
+OLLAMA_OPTIONS = {name: Option(name, kind) for kind, names in (
+    (int, "num_ctx num_keep num_predict top_k repeat_last_n num_batch num_gpu main_gpu num_thread "
+          "draft_num_predict"),
+    (float, "min_p typical_p repeat_penalty"), (bool, "use_mmap")) for name in names.split()}
+
+
+def ollama_options(body: JSON, table: Mapping[str, Option]) -> Tuple[JSON, List[str]]:
+    """The options of fields in `table` and in Ollama's own `options`, which goes first; and its
+    stop texts, which Ollama is not sent (see until_stop)."""
+    own = optional(body, "options", dict) or {}
+    stop = stop_texts(optional(own, "options.stop", list) or [], "options.stop")
+    options = {**options_of(body, table), **own}
+    return {name: value for name, value in options.items()
+            if name != "stop" and value is not None}, stop
+
+
+def ollama_keep_alive(body: JSON) -> Union[None, str, float]:
+    """How long the model stays loaded: seconds, or text like 5m."""
+    value = body.get("keep_alive")
+    if isinstance(value, str):
+        return value
+    return optional(body, "keep_alive", float)
+
+
 def unread(body: JSON, fields: Iterable[str], path: str = "") -> Iterator[str]:
     """What was given, but is not among the `fields` that are read, for x-ignored-fields.
 
@@ -438,6 +468,18 @@ class History:
             raise invalid(path, f"no tool call before has the id {dumps(id)}")
         call, name = self.calls[id]
         return {"role": "tool", "tool_name": name, "tool_call_id": call}
+
+
+Part = Tuple[str, Any]             # a key of Ollama's message that some content adds to, and what
+NO_TEXT = "(no text)"              # of a tool: models take an empty result for a failure
+
+
+def data_url(url: str, path: str) -> str:
+    """The base64 of an image in a data: URL (RFC 2397)."""
+    head = re.match(r"data:(image/[\w.+-]+)?(;[\w=.-]+)*;base64,", url)
+    if head is None:
+        raise invalid(path, "must be a data: URL of an image in base64: nothing is fetched here")
+    return base64_checked(url[head.end():], path)
 
 
 def base64_checked(data: str, path: str) -> str:
@@ -1291,11 +1333,11 @@ def parts_of(chunk: JSON, message: JSON) -> Iterator[Event]:
     thoughts = told(message, "thinking", "")
     text = told(message, "content", "") or told(message, "response", "")
     logprobs: List[Any] = told(chunk, "logprobs", [])
+    calls: List[Any] = told(message, "tool_calls", [])
     if thoughts:
         yield Thinking(thoughts)
     if text or logprobs and not thoughts:
-        yield Text(text, tuple(logprobs))
-    calls: List[Any] = told(message, "tool_calls", [])
+        yield Text(text, tuple(entry for entry in logprobs if isinstance(entry, dict)))
     for call in calls:
         yield tool_call(told(call if isinstance(call, dict) else {}, "function", {}), "arguments")
 
@@ -1522,9 +1564,6 @@ def messages_turn(turn: JSON, path: str, history: History) -> List[OllamaMessage
     return results if results and nothing_else else [*results, message]
 
 
-Part = Tuple[str, Any]             # the key of Ollama's message that a block adds to, and what
-
-
 def messages_parts(owner: JSON, path: str, role: str, history: History) -> Dict[str, List[Any]]:
     """The parts of the content blocks at `path`. A block that nobody here knows is dropped."""
     parts: Dict[str, List[Any]] = {
@@ -1602,7 +1641,7 @@ def tool_result_block(block: JSON, path: str, history: History) -> Iterator[Part
     place = path + ".tool_use_id"
     message = history.result(required(block, place, str), place)
     parts = messages_parts(block, path + ".content", "tool", history)
-    text = "\n\n".join(filter(None, parts["content"])) or "(no text)"
+    text = "\n\n".join(filter(None, parts["content"])) or NO_TEXT
     failed = optional(block, path + ".is_error", bool)
     message["content"] = "The tool failed: " + text if failed else text
     if parts["images"]:
@@ -1800,6 +1839,7 @@ def count_tokens(ollama: Ollama, request: Request) -> Answer:
 # role comes once and finish_reason in a chunk of its own, since its accumulator adds strings up.
 
 CHAT_OPTIONS = {
+    **OLLAMA_OPTIONS,
     "max_tokens": Option("num_predict", int, at_least=1),
     "max_completion_tokens": Option("num_predict", int, at_least=1),     # the newer name goes first
     "temperature": Option("temperature", float),
@@ -1807,10 +1847,14 @@ CHAT_OPTIONS = {
     "seed": Option("seed", int),
     "frequency_penalty": Option("frequency_penalty", float),
     "presence_penalty": Option("presence_penalty", float)}
-CHAT_FIELDS = {"model", "messages", "system", "stream", "stream_options.include_usage", "stop",
-               "n", "reasoning_effort", "reasoning.effort", *CHAT_OPTIONS}
-CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-CHAT_PARTS = ("text", "refusal")
+CHAT_FIELDS = {
+    "model", "messages", "system", "stream", "stream_options.include_usage", "stop", "n",
+    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format",
+    "logprobs", "top_logprobs", "reasoning_effort", "reasoning.effort",
+    "chat_template_kwargs.enable_thinking", "options", "keep_alive", "think", "format",
+    *CHAT_OPTIONS}
+CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+              "tool": "tool", "function": "tool"}
 REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
     "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
     "xhigh": "max", "ultra": "max", "max": "max"}
@@ -1821,46 +1865,204 @@ CHAT_DONE = b"data: [DONE]\n\n"
 
 def chat_request(body: JSON) -> Chat:
     """A chat completion request as a chat for Ollama."""
-    turns = [chat_turn(turn, path)
+    history = History()
+    turns = [chat_turn(turn, path, history)
              for path, turn in items(required(body, "messages", list), "messages", dict)]
     if not turns:
         raise invalid("messages", "must not be empty")
+    system = "\n\n".join(chat_parts(body, "system", "system")["content"])
+    early: List[OllamaMessage] = [{"role": "system", "content": system}] if system else []
+    chat = chat_settings(body, {"messages": system_first(early + turns)})
+    chat.ignored += unread(body, CHAT_FIELDS)
+    chat.body.update(chat_logprobs(body))
+    think = chat_think(body)
+    if think is not None:
+        chat.body["think"] = think
+    chat_choice(body, chat, chat_tools(body))
+    return chat
+
+
+def chat_settings(body: JSON, asked: OllamaChat) -> Chat:
+    """A chat with what completions have in common with it."""
     if (optional(body, "n", int) or 1) != 1:
         raise invalid("n", "must be 1: Ollama gives one answer at a time")
-    system = chat_text(body, "system")
-    history: List[OllamaMessage] = [{"role": "system", "content": system}] if system else []
-    chat: OllamaChat = {"model": required(body, "model", str),
-                        "messages": system_first(history + turns),
-                        "options": options_of(body, CHAT_OPTIONS)}
-    effort = chat_effort(body)
-    if effort is not None:
-        chat["think"] = REASONING_EFFORTS[effort]
     stream_options = optional(body, "stream_options", dict) or {}
-    return Chat(chat, stream=optional(body, "stream", bool), stop=chat_stop(body),
-                include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)),
-                ignored=list(unread(body, CHAT_FIELDS)))
+    options, stop = ollama_options(body, CHAT_OPTIONS)
+    chat = Chat({"model": required(body, "model", str), **asked, "options": options},
+                stream=optional(body, "stream", bool), stop=chat_stop(body) + stop,
+                include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)))
+    keep_alive = ollama_keep_alive(body)
+    if keep_alive is not None:
+        chat.body["keep_alive"] = keep_alive
+    return chat
 
 
-def chat_turn(turn: JSON, path: str) -> OllamaMessage:
-    """One of `messages`. Images, tool calls and tool results will find their place here."""
+def chat_turn(turn: JSON, path: str, history: History) -> OllamaMessage:
+    """One of `messages`."""
     role = CHAT_ROLES[one_of(turn, path + ".role", CHAT_ROLES)]
-    if turn.get("content") is None and role != "assistant":
+    if turn.get("content") is None and role not in ("assistant", "tool"):
         raise invalid(path + ".content", "is required")
-    message: OllamaMessage = {"role": role, "content": chat_text(turn, path + ".content")}
-    thoughts = (optional(turn, path + ".reasoning_content", str)
-                or optional(turn, path + ".reasoning", str))
-    if thoughts and role == "assistant":
-        message["thinking"] = thoughts
+    parts = chat_parts(turn, path + ".content", role)
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
+    if role == "assistant":
+        message.update(chat_said(turn, path, history))
+    if role == "tool":
+        message["content"] = message["content"] or NO_TEXT
+        message.update(chat_result(turn, path, history))
+    if parts["images"]:
+        message["images"] = parts["images"]
     return message
 
 
-def chat_text(owner: JSON, path: str) -> str:
-    """A string, or a list of text parts, as one string."""
-    texts = []
+def chat_parts(owner: JSON, path: str, role: str) -> Dict[str, List[str]]:
+    """The texts and images of a content that is a string or a list of parts."""
+    kinds = [kind for kind, (roles, _) in CHAT_PARTS.items() if role in roles]
+    parts: Dict[str, List[str]] = {"content": [], "images": []}
     for place, part in blocks_of(owner, path):
-        kind = one_of(part, place + ".type", CHAT_PARTS)
-        texts.append(required(part, f"{place}.{kind}", str))
-    return "\n\n".join(texts)
+        key, text = CHAT_PARTS[one_of(part, place + ".type", kinds)][1](part, place)
+        parts[key].append(text)
+    return parts
+
+
+def text_part(part: JSON, path: str) -> Part:
+    return "content", required(part, path + ".text", str)
+
+
+def refusal_part(part: JSON, path: str) -> Part:
+    return "content", required(part, path + ".refusal", str)
+
+
+def image_part(part: JSON, path: str) -> Part:
+    """An image_url: an object with a data URL, or as some clients have it, the URL alone."""
+    place = path + ".image_url"
+    if not isinstance(part.get("image_url"), str):
+        part, place = required(part, place, dict), place + ".url"
+    return "images", data_url(required(part, place, str), place)
+
+
+CHAT_PARTS: Dict[str, Tuple[Sequence[str], Callable[[JSON, str], Part]]] = {
+    "text": (("system", "user", "assistant", "tool"), text_part),
+    "refusal": (("assistant",), refusal_part),
+    "image_url": (("user", "tool"), image_part)}
+
+
+def chat_said(turn: JSON, path: str, history: History) -> OllamaMessage:
+    """What an assistant's message has beside its content."""
+    said: OllamaMessage = {}
+    thoughts = (optional(turn, path + ".reasoning_content", str)
+                or optional(turn, path + ".reasoning", str))
+    if thoughts:
+        said["thinking"] = thoughts
+    calls = []
+    for place, call in items(optional(turn, path + ".tool_calls", list) or [],
+                             path + ".tool_calls", dict):
+        function = required(call, place + ".function", dict)
+        calls.append(chat_earlier_call(function, place + ".function", history,
+                                 required(call, place + ".id", str)))
+    legacy = optional(turn, path + ".function_call", dict)
+    if legacy:
+        calls.append(chat_earlier_call(legacy, path + ".function_call", history))
+    if calls:
+        said["tool_calls"] = calls
+    return said
+
+
+def chat_earlier_call(function: JSON, path: str, history: History, id: str = "") -> JSON:
+    """An earlier call. The older function_call has no id, so its name stands in for it."""
+    name = required(function, path + ".name", str)
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = strict_json(arguments.encode(), Config.json_depth)
+        except ValueError as error:
+            raise invalid(path + ".arguments", f"is not JSON: {error}") from error
+    return history.call(id or name, name, checked(arguments, path + ".arguments", dict))
+
+
+def chat_result(turn: JSON, path: str, history: History) -> OllamaMessage:
+    """Which call a tool's message answers. Some clients give the name in place of the id."""
+    name = optional(turn, path + ".name", str)
+    id = optional(turn, path + ".tool_call_id", str) or name
+    if name and id not in history.calls:
+        return {"tool_name": name}
+    return history.result(required({"tool_call_id": id}, path + ".tool_call_id", str),
+                          path + ".tool_call_id")
+
+
+def chat_tools(body: JSON) -> List[Tool]:
+    """The tools on offer; `functions` is their older form."""
+    tools = [chat_tool(function, path)
+             for path, function in items(optional(body, "functions", list) or [],
+                                         "functions", dict)]
+    for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
+        if optional(tool, path + ".type", str) not in (None, "function"):
+            raise invalid(path + ".type", f"must be function, not {dumps(tool['type'])}")
+        tools.append(chat_tool(required(tool, path + ".function", dict), path + ".function"))
+    return tools
+
+
+def chat_tool(function: JSON, path: str) -> Tool:
+    name = required(function, path + ".name", str)
+    if not name:
+        raise invalid(path + ".name", "must not be empty")
+    return Tool(name, optional(function, path + ".description", str) or "",
+                optional(function, path + ".parameters", dict) or {}, path + ".parameters")
+
+
+def chat_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
+    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
+    chat.function_call = body.get("functions") is not None
+    chat.one_call = (chat.function_call
+                     or optional(body, "parallel_tool_calls", bool) is False)
+    mode, chosen_tools = chat_chosen(body, tools)
+    if mode == "required":
+        chat.ignored += ["reasoning_effort"] if chat.body.get("think") else []
+        force_call(chat, chosen_tools)
+    else:
+        offer_tools(chat, [] if mode == "none" else chosen_tools, *chat_format(body))
+
+
+def chat_chosen(body: JSON, tools: List[Tool]) -> Tuple[str, List[Tool]]:
+    """tool_choice: none, auto or required, and the tools that it is about."""
+    by_name = {tool.name: tool for tool in tools}
+    path = "function_call" if body.get("tool_choice") is None else "tool_choice"
+    choice = body.get(path) or "auto"
+    if isinstance(choice, str):
+        mode = one_of({path: choice}, path, ("auto", "none", "required"))
+    elif path == "function_call":
+        name = one_of(checked(choice, path, dict), path + ".name", by_name)
+        mode, tools = "required", [by_name[name]]
+    elif one_of(checked(choice, path, dict), path + ".type", ("function", "allowed_tools")) \
+            == "function":
+        function = required(choice, path + ".function", dict)
+        mode, tools = "required", [by_name[one_of(function, path + ".function.name", by_name)]]
+    else:
+        mode, tools = chat_allowed(required(choice, path + ".allowed_tools", dict), by_name)
+    if mode == "required" and not tools:
+        raise invalid(path, "is required, but no tool is offered")
+    return mode, tools
+
+
+def chat_allowed(allowed: JSON, by_name: Mapping[str, Tool]) -> Tuple[str, List[Tool]]:
+    path = "tool_choice.allowed_tools"
+    mode = one_of(allowed, path + ".mode", ("auto", "required"))
+    tools = []
+    for place, tool in items(required(allowed, path + ".tools", list), path + ".tools", dict):
+        function = required(tool, place + ".function", dict)
+        tools.append(by_name[one_of(function, place + ".function.name", by_name)])
+    return mode, tools
+
+
+def chat_format(body: JSON) -> Tuple[Optional[JSON], str]:
+    """The schema that the answer shall have, and its path: OpenAI's field, else Ollama's own."""
+    wanted = optional(body, "response_format", dict) or {"type": "text"}
+    kind = one_of(wanted, "response_format.type", ("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        path = "response_format.json_schema"
+        return required(required(wanted, path, dict), path + ".schema", dict), path + ".schema"
+    if kind == "json_object" or body.get("format") == "json":
+        return {"type": "object"}, ""
+    return optional(body, "format", dict), "format"
 
 
 def chat_stop(body: JSON) -> List[str]:
@@ -1870,23 +2072,39 @@ def chat_stop(body: JSON) -> List[str]:
     return stop_texts(optional(body, "stop", list) or [], "stop")
 
 
-def chat_effort(body: JSON) -> Optional[str]:
+def chat_think(body: JSON) -> Union[None, bool, str]:
+    """How much to think, by the first name that says so; None leaves it to Ollama."""
     reasoning = optional(body, "reasoning", dict) or {}
-    if body.get("reasoning_effort") is not None:
-        return one_of(body, "reasoning_effort", REASONING_EFFORTS)
-    if reasoning.get("effort") is not None:
-        return one_of(reasoning, "reasoning.effort", REASONING_EFFORTS)
-    return None
+    for owner, path in ((body, "reasoning_effort"), (reasoning, "reasoning.effort")):
+        if owner.get(path.rpartition(".")[2]) is not None:
+            return REASONING_EFFORTS[one_of(owner, path, REASONING_EFFORTS)]
+    if isinstance(body.get("think"), str):
+        return one_of(body, "think", ("low", "medium", "high", "max"))
+    think = optional(body, "think", bool)
+    template = optional(body, "chat_template_kwargs", dict) or {}      # as for vLLM
+    enabled = optional(template, "chat_template_kwargs.enable_thinking", bool)
+    return enabled if think is None else think
+
+
+def chat_logprobs(body: JSON) -> OllamaChat:
+    wanted, top = optional(body, "logprobs", bool), optional(body, "top_logprobs", int)
+    if top is not None and not 0 <= top <= 20:
+        raise invalid("top_logprobs", "must be between 0 and 20")
+    if not wanted:
+        return {}
+    return {"logprobs": True, **({} if top is None else {"top_logprobs": top})}
 
 
 def chat_usage(finish: Finish) -> JSON:
+    cached = finish.cached_tokens
+    details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
     return {"prompt_tokens": finish.prompt_tokens, "completion_tokens": finish.completion_tokens,
-            "total_tokens": finish.prompt_tokens + finish.completion_tokens}
+            "total_tokens": finish.prompt_tokens + finish.completion_tokens, **details}
 
 
-def chat_head(chat: Chat, kind: str) -> JSON:
+def chat_head(chat: Chat, kind: str, prefix: str = "chatcmpl-") -> JSON:
     """What a completion and each of its chunks begin with."""
-    return {"id": new_id("chatcmpl-"), "object": kind, "created": int(time.time()),
+    return {"id": new_id(prefix), "object": kind, "created": int(time.time()),
             "model": chat.body["model"]}
 
 
@@ -1894,33 +2112,64 @@ def chat_reasoning(text: str) -> JSON:
     return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
+def chat_scores(logprobs: Iterable[JSON]) -> Optional[JSON]:
+    """Ollama's log probabilities in OpenAI's words, which are almost the same."""
+    content = [{"bytes": None, "top_logprobs": [], **entry} for entry in logprobs]
+    return {"content": content, "refusal": None} if content else None
+
+
+def chat_finish(chat: Chat, finish: Finish) -> str:
+    if chat.function_call and finish.reason == "tool_calls":
+        return "function_call"
+    return FINISH_REASONS.get(finish.reason, finish.reason)
+
+
+def chat_call(call: ToolCall) -> JSON:
+    return {"id": new_id("call_"), "type": "function",
+            "function": {"name": call.name, "arguments": dumps(call.arguments)}}
+
+
+def chat_calls(chat: Chat, calls: List[JSON]) -> JSON:
+    """The part of a message or of a delta that has the tool calls, if there are any."""
+    if chat.function_call and calls:
+        return {"function_call": calls[0]["function"]}
+    return {"tool_calls": calls} if calls else {}
+
+
 def chat_reply(chat: Chat, events: Iterator[Event]) -> JSON:
     """The completion object for a client that does not stream."""
     parts, finish = collected(events)
-    content = "".join(part.text for part in parts if isinstance(part, Text))
+    texts = [part for part in parts if isinstance(part, Text)]
     thoughts = "".join(part.text for part in parts if isinstance(part, Thinking))
-    message = {"role": "assistant", "content": content, "refusal": None, **chat_reasoning(thoughts)}
-    choice = {"index": 0, "message": message, "logprobs": None,
-              "finish_reason": FINISH_REASONS.get(finish.reason, finish.reason)}
+    calls = chat_calls(chat, [chat_call(part) for part in parts if isinstance(part, ToolCall)])
+    content = "".join(text.text for text in texts)
+    message = {"role": "assistant", "content": None if calls and not content else content,
+               "refusal": None, **chat_reasoning(thoughts), **calls}
+    choice = {"index": 0, "message": message, "finish_reason": chat_finish(chat, finish),
+              "logprobs": chat_scores(itertools.chain(*(text.logprobs for text in texts)))}
     return {**chat_head(chat, "chat.completion"), "choices": [choice], "usage": chat_usage(finish)}
 
 
 def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
     """The chunks for a client that streams, and [DONE]."""
-    def chunk(delta: JSON, finish_reason: Optional[str] = None) -> bytes:
-        return sse({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None,
-                                         "finish_reason": finish_reason}]})
+    def chunk(delta: JSON, finish_reason: Optional[str] = None,
+              logprobs: Iterable[JSON] = ()) -> bytes:
+        return sse({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason,
+                                         "logprobs": chat_scores(logprobs)}]})
 
     events = begun(events)
     head = chat_head(chat, "chat.completion.chunk")
+    indexes = itertools.count()              # by which clients put deltas of calls together
     yield chunk({"role": "assistant", "content": ""})
     for event in events:
         if isinstance(event, Text):
-            yield chunk({"content": event.text})
+            yield chunk({"content": event.text}, logprobs=event.logprobs)
         elif isinstance(event, Thinking):
             yield chunk(chat_reasoning(event.text))
-        elif isinstance(event, Finish):
-            yield chunk({}, FINISH_REASONS.get(event.reason, event.reason))
+        elif isinstance(event, ToolCall):
+            yield chunk(chat_calls(chat, [{"index": next(indexes), **chat_call(event)}]))
+        else:
+            yield chunk({}, chat_finish(chat, event))
             if chat.include_usage:
                 yield sse({**head, "choices": [], "usage": chat_usage(event)})
     yield CHAT_DONE
@@ -1960,6 +2209,107 @@ def chat_completions(ollama: Ollama, request: Request) -> Answer:
     if chat.stream is None:
         chat.stream = wants_stream(request.headers, ollama.config.default_stream)
     return ollama.answer(chat, chat_reply, chat_stream, CHAT_PING)
+
+
+# ---- Completions and Embeddings ------------------------------------------------------------------
+# POST /v1/completions, for editors that fill in the middle of a text, and for older programs: asks
+# /api/generate, so that the model's template applies. Thoughts have no place there and are not
+# asked for. POST /v1/embeddings, whose SDKs ask for base64 by default: little-endian float32.
+
+COMPLETIONS_FIELDS = {"model", "prompt", "suffix", "stream", "stream_options.include_usage", "stop",
+                      "n", "options", "keep_alive", *CHAT_OPTIONS}
+EMBEDDINGS_FIELDS = {"model", "input", "encoding_format", "dimensions", "options", "keep_alive",
+                     *OLLAMA_OPTIONS}
+
+
+def texts_of(body: JSON, path: str) -> List[str]:
+    """A field that is a string or a list of strings, none of them empty."""
+    value = body.get(path)
+    texts: List[Any] = [value] if isinstance(value, str) else required(body, path, list)
+    if not texts:
+        raise invalid(path, "must not be empty")
+    for index, text in enumerate(texts):
+        place = path if texts is not value else f"{path}.{index}"
+        if type(text) in (int, list):
+            raise invalid(place, "must be text: ids of OpenAI's tokens mean nothing to Ollama's "
+                                 "models (LangChain: check_embedding_ctx_length=False)")
+        if not checked(text, place, str):
+            raise invalid(place, "must not be empty")
+    return texts
+
+
+def completions_request(body: JSON) -> Chat:
+    prompts = texts_of(body, "prompt")
+    if len(prompts) > 1:
+        raise invalid("prompt", "must be one text: ask for each of several in a request of its own")
+    asked: OllamaChat = {"prompt": prompts[0], "think": False}
+    suffix = optional(body, "suffix", str)
+    if suffix:
+        asked["suffix"] = suffix
+    chat = chat_settings(body, asked)
+    chat.ignored += unread(body, COMPLETIONS_FIELDS)
+    return chat
+
+
+def completions_choice(text: str, finish_reason: Optional[str]) -> JSON:
+    return {"choices": [{"index": 0, "text": text, "logprobs": None,
+                         "finish_reason": finish_reason}]}
+
+
+def completions_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    parts, finish = collected(events)
+    text = "".join(part.text for part in parts if isinstance(part, Text))
+    return {**chat_head(chat, "text_completion", "cmpl-"),
+            **completions_choice(text, chat_finish(chat, finish)), "usage": chat_usage(finish)}
+
+
+def completions_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
+    events = begun(events)
+    head = chat_head(chat, "text_completion", "cmpl-")
+    for event in events:
+        if isinstance(event, Text):
+            yield sse({**head, **completions_choice(event.text, None)})
+        elif isinstance(event, Finish):
+            yield sse({**head, **completions_choice("", chat_finish(chat, event))})
+            if chat.include_usage:
+                yield sse({**head, "choices": [], "usage": chat_usage(event)})
+    yield CHAT_DONE
+
+
+def completions(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/completions"""
+    return ollama.answer(completions_request(request.body), completions_reply, completions_stream,
+                         CHAT_PING)
+
+
+def embeddings(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/embeddings. A text that is too long is an error, which Ollama by default cuts."""
+    body = request.body
+    texts = texts_of(body, "input")
+    form = (optional(body, "encoding_format", str) or "float").lower()
+    one_of({"encoding_format": form}, "encoding_format", ("float", "base64"))
+    asked: JSON = {"model": required(body, "model", str), "input": texts,
+                   "options": ollama_options(body, OLLAMA_OPTIONS)[0],
+                   "keep_alive": ollama_keep_alive(body), **options_of(body, {
+                       "dimensions": Option("dimensions", int, at_least=1)})}
+    answer = ollama.embed({name: value for name, value in asked.items() if value is not None})
+    vectors: List[Any] = told(answer, "embeddings", [])
+    if len(vectors) != len(texts):
+        raise broken(f"{len(vectors)} embeddings for {len(texts)} texts")
+    data = [{"object": "embedding", "index": index, "embedding": encoded(vector, form)}
+            for index, vector in enumerate(vectors)]
+    tokens = told(answer, "prompt_eval_count", 0)
+    return Answer({"object": "list", "data": data, "model": body["model"],
+                   "usage": {"prompt_tokens": tokens, "total_tokens": tokens}},
+                  ignored=list(unread(body, EMBEDDINGS_FIELDS)))
+
+
+def encoded(vector: Any, form: str) -> Union[str, List[float]]:
+    try:
+        packed = struct.pack(f"<{len(vector)}f", *vector)
+    except (TypeError, struct.error, OverflowError) as error:
+        raise broken(f"an embedding that is no list of numbers: {error}") from error
+    return base64.b64encode(packed).decode() if form == "base64" else vector
 
 
 # ---- Models and health ---------------------------------------------------------------------------
@@ -2057,6 +2407,8 @@ ROUTES = (
     Route("POST", "/v1/messages", messages, messages_error),
     Route("POST", "/v1/messages/count_tokens", count_tokens, messages_error),
     Route("POST", "/v1/chat/completions", chat_completions, chat_error),
+    Route("POST", "/v1/completions", completions, chat_error),
+    Route("POST", "/v1/embeddings", embeddings, chat_error),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id}", one_model),
     Route("GET", "/health", health),
@@ -2579,7 +2931,8 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         known = tagged(body["model"]) == self.model["name"]
-        answers = {"/api/show": lambda _: [self.model], "/api/chat": self.chat}
+        answers = {"/api/show": lambda _: [self.model], "/api/chat": self.chat,
+                   "/api/generate": self.generate, "/api/embed": self.embed}
         self.reply(200 if known else 404, answers[self.path](body) if known else
                    [{"error": f"model '{body['model']}' not found"}])
 
@@ -2601,6 +2954,16 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
         yield {"message": message, "done": True,
                "done_reason": "stop" if end >= len(words) else "length",
                "prompt_eval_count": prompt_bytes(body) // 4, "eval_count": len(words[:end]) or 1}
+
+    def generate(self, body: JSON) -> Iterator[JSON]:
+        question: JSON = {"messages": [{"role": "user", "content": body["prompt"]}]}
+        for chunk in self.chat({**body, **question}):
+            yield {**chunk, "response": chunk.pop("message")["content"]}
+
+    def embed(self, body: JSON) -> Iterator[JSON]:
+        vectors = [[text.count(letter) / len(text) for letter in "etaoinsr"]
+                   for text in body["input"]]
+        yield {"embeddings": vectors, "prompt_eval_count": prompt_bytes(body) // 4}
 
     def text(self, body: JSON, said: str) -> str:
         if "format" in body:

@@ -10,18 +10,20 @@ were recorded to send. Most tests are conversations: what a client sends, what O
 Ollama answers, what the client gets. Where CI is set, a missing SDK is a failure and not a skip.
 
 Contents: the scripted Ollama, the runner, conversations, tables, schemas and tools, HTTP,
-behaviour over time, starting and stopping, real SDKs, the file itself.
+behaviour over time, starting and stopping, real SDKs, programs built on them, the file itself.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import functools
 import http.client
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -32,6 +34,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -385,7 +388,7 @@ def steps(text: str) -> List[Any]:
     return [CUT] if word == CUT else [json.loads(text)]
 
 
-MASKS = ((r'"(msg_|chatcmpl-|req_|toolu_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
+MASKS = ((r'"(msg_|chatcmpl-|cmpl-|req_|toolu_|call_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
 
 
 def tokens(text: str) -> List[str]:
@@ -429,7 +432,7 @@ def changed(now: Dict[str, Any], before: Dict[str, Any], keys: Sequence[str]) ->
             if key not in keys or key not in before or now[key] != before[key]}
 
 
-# ---- Conversations: Chat Completions -------------------------------------------------------------
+# ---- Conversations: OpenAI -----------------------------------------------------------------------
 
 class ChatConversations(ServerCase):
 
@@ -681,6 +684,373 @@ class ChatConversations(ServerCase):
             client gets 400 application/json
                 {"error": {"message": "This model's maximum context length is 512 tokens. However, your messages resulted in 45007 tokens.",
                            "type": "invalid_request_error", "param": null, "code": "context_length_exceeded"}}
+            """)
+
+    def test_images_calls_and_results_reach_ollama(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "tools", "stream": false, "tools": [], "messages": [
+                   {"role": "user", "content": [
+                      {"type": "text", "text": "Look!"},
+                      {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}},
+                      {"type": "image_url", "image_url": "data:;base64,AAAA"}]},
+                   {"role": "assistant", "content": null, "reasoning": "Hm.", "refusal": null, "tool_calls": [
+                      {"id": "call_a", "type": "function", "function": {"name": "look", "arguments": "{\"at\": \"a\", \"Z\": 1}"}},
+                      {"id": "call_b", "type": "function", "function": {"name": "now", "arguments": ""}}]},
+                   {"role": "tool", "tool_call_id": "call_b", "content": [{"type": "text", "text": "no"}, {"type": "text", "text": "way"}]},
+                   {"role": "tool", "tool_call_id": "call_a", "content": ""},
+                   {"role": "assistant", "content": [{"type": "text", "text": "So."}, {"type": "refusal", "refusal": "No."}],
+                    "tool_calls": [{"id": "call_a", "type": "function", "function": {"name": "again", "arguments": {"x": 1}}}]},
+                   {"role": "tool", "tool_call_id": "call_a", "content": [{"type": "image_url", "image_url": "data:image/gif;base64,BBBB"}]},
+                   {"role": "assistant", "content": "", "function_call": {"name": "old", "arguments": "{}"}},
+                   {"role": "function", "name": "old", "content": "done"},
+                   {"role": "tool", "name": "unseen", "content": "hi"}]}
+            ollama is asked POST /api/show
+                {"model": "tools"}
+            ollama answers 200
+                {"capabilities": ["completion", "tools", "vision"]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "messages": [
+                   {"role": "user", "content": "Look!", "images": ["iVBORw0KGgo=", "AAAA"]},
+                   {"role": "assistant", "content": "", "thinking": "Hm.", "tool_calls": [
+                      {"id": "call00001", "function": {"name": "look", "arguments": {"at": "a", "Z": 1}}},
+                      {"id": "call00002", "function": {"name": "now", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "now", "tool_call_id": "call00002", "content": "no\n\nway"},
+                   {"role": "tool", "tool_name": "look", "tool_call_id": "call00001", "content": "(no text)"},
+                   {"role": "assistant", "content": "So.\n\nNo.", "tool_calls": [
+                      {"id": "call00003", "function": {"name": "again", "arguments": {"x": 1}}}]},
+                   {"role": "tool", "tool_name": "again", "tool_call_id": "call00003", "content": "(no text)", "images": ["BBBB"]},
+                   {"role": "assistant", "content": "", "tool_calls": [
+                      {"id": "call00004", "function": {"name": "old", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "old", "tool_call_id": "call00004", "content": "done"},
+                   {"role": "tool", "tool_name": "unseen", "content": "hi"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Blue."
+                done stop 10 20
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "tools",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
+                   {"role": "assistant", "content": "Blue.", "refusal": null}}],
+                 "usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}}
+            """)
+
+    def test_ollamas_own_settings_work_at_the_top_level(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "num_ctx": 8192, "top_k": 4, "min_p": 0.1, "repeat_penalty": 1.1, "keep_alive": "5m", "think": "low",
+                 "temperature": 0.5, "stop": "END", "options": {"temperature": 0, "stop": [], "seed": null, "use_mmap": true}}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": "low", "keep_alive": "5m", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {"num_ctx": 8192, "top_k": 4, "min_p": 0.1, "repeat_penalty": 1.1, "temperature": 0, "use_mmap": true},
+                 "stream": true, "truncate": false}
+            ollama answers 200
+                {"message": {"content": "Blue."}, "done": true, "done_reason": "stop", "prompt_eval_count": 9, "prompt_eval_cached_count": 4, "eval_count": 2}
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "plain",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
+                   {"role": "assistant", "content": "Blue.", "refusal": null}}],
+                 "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 4}}}
+            """)
+
+    def test_tool_calls_are_numbered_deltas_after_the_text(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "tools", "stream": true, "tools": [{"type": "function", "function": {"name": "get_weather",
+                    "description": "Weather", "strict": true, "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
+                    "required": ["city"], "additionalProperties": false}}}, {"type": "function", "function": {"name": "now"}}],
+                 "messages": [{"role": "user", "content": "[MIX]"}]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "messages": [{"role": "user", "content": "[MIX]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather",
+                              "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}},
+                           {"type": "function", "function": {"name": "now", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "Hm."
+                content "Let me look. "
+                tool get_weather {"city": "Oslo"}
+                tool now {}
+                done stop 267 8
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "tools", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"delta": {"reasoning_content": "Hm.", "reasoning": "Hm."}}]}
+                data: {"choices": [{"delta": {"content": "Let me look. "}}]}
+                data: {"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "call_ID", "type": "function",
+                       "function": {"name": "get_weather", "arguments": "{\"city\": \"Oslo\"}"}}]}}]}
+                data: {"choices": [{"delta": {"tool_calls": [{"index": 1, "id": "call_ID", "type": "function",
+                       "function": {"name": "now", "arguments": "{}"}}]}}]}
+                data: {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}
+                data: [DONE]
+            """)
+
+    def test_content_is_null_beside_tool_calls(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "jinja", "stream": false, "parallel_tool_calls": false, "tool_choice": {"type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "b"}}]}},
+                 "tools": [{"type": "function", "function": {"name": "a"}}, {"type": "function", "function": {"name": "b"}}],
+                 "messages": [{"role": "user", "content": "[TWO]"}]}
+            ollama is asked POST /api/chat
+                {"model": "jinja", "messages": [{"role": "user", "content": "[TWO]"}],
+                 "tools": [{"type": "function", "function": {"name": "b", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                done stop 468 6 b {"city": "Oslo"} b {"city": "Rome"}
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "jinja",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "tool_calls", "message":
+                   {"role": "assistant", "content": null, "refusal": null, "tool_calls": [
+                      {"id": "call_ID", "type": "function", "function": {"name": "b", "arguments": "{\"city\": \"Oslo\"}"}}]}}],
+                 "usage": {"prompt_tokens": 468, "completion_tokens": 6, "total_tokens": 474}}
+            """)
+
+    def test_a_tool_call_that_is_cut_short_is_length(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "tools", "stream": false, "max_tokens": 4, "tools": [{"type": "function", "function": {"name": "a"}}],
+                 "messages": [{"role": "user", "content": "[TOOL]"}]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "messages": [{"role": "user", "content": "[TOOL]"}],
+                 "tools": [{"type": "function", "function": {"name": "a", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {"num_predict": 4}, "stream": true, "truncate": false}
+            ollama answers 200
+                done length 267 4
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "tools",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "length", "message":
+                   {"role": "assistant", "content": "", "refusal": null}}],
+                 "usage": {"prompt_tokens": 267, "completion_tokens": 4, "total_tokens": 271}}
+            """)
+
+    def test_a_required_call_is_made_by_binding_the_answer(self) -> None:
+        # As instructor names its tool, with pydantic's $defs in it.
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": true, "reasoning_effort": "high",
+                 "tools": [{"type": "function", "function": {"name": "User", "description": "A user", "parameters":
+                    {"$defs": {"City": {"properties": {"name": {"title": "Name", "type": "string"}}, "required": ["name"], "type": "object"}},
+                     "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"], "type": "object"}}}],
+                 "tool_choice": {"type": "function", "function": {"name": "User"}},
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Call the tool User: answer with the JSON object of its arguments, and nothing else: {\"name\": \"User\", \"description\": \"A user\", \"parameters\": {\"$defs\": {\"City\": {\"properties\": {\"name\": {\"title\": \"Name\", \"type\": \"string\"}}, \"required\": [\"name\"], \"type\": \"object\"}}, \"properties\": {\"city\": {\"$ref\": \"#/$defs/City\"}}, \"required\": [\"city\"], \"type\": \"object\"}}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"],
+                    "$defs": {"City": {"properties": {"name": {"type": "string"}}, "required": ["name"], "type": "object"}}},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"city\": {\"name\""
+                content ": \"Paris\"}}"
+                done stop 7 24
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "plain", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "call_ID", "type": "function",
+                       "function": {"name": "User", "arguments": "{\"city\": {\"name\": \"Paris\"}}"}}]}}]}
+                data: {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}
+                data: [DONE]
+            """)
+
+    def test_functions_are_answered_in_their_older_form(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": false, "functions": [{"name": "a", "parameters": {"type": "object", "properties": {}}}],
+                 "function_call": {"name": "a"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Call the tool a: answer with the JSON object of its arguments, and nothing else: {\"name\": \"a\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {}}}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object", "properties": {}},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{}"
+                done stop 7 2
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "plain",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "function_call", "message":
+                   {"role": "assistant", "content": null, "refusal": null, "function_call": {"name": "a", "arguments": "{}"}}}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}}
+            """)
+
+    def test_json_mode_is_a_schema_since_ollama_ignores_the_word(self) -> None:
+        for wanted in ('"response_format": {"type": "json_object"}', '"format": "json"'):
+            del self.ollama.asked[:]
+            self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": false, WANTED, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "system", "content": "Answer with JSON of this schema, and nothing else: {\"type\": \"object\"}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object"}, "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{}"
+                done stop 7 2
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "plain",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
+                   {"role": "assistant", "content": "{}", "refusal": null}}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}}
+            """.replace("WANTED", wanted))
+
+    def test_a_json_schema_binds_the_answer(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema":
+                    {"type": "object", "properties": {"a": {"type": "integer", "maximum": 5}}, "required": ["a"], "additionalProperties": false}}}}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "system", "content": "Answer with JSON of this schema, and nothing else: {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"integer\", \"maximum\": 5}}, \"required\": [\"a\"], \"additionalProperties\": false}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object", "properties": {"a": {"type": "integer", "maximum": 5}}, "required": ["a"], "additionalProperties": false},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"a\": 1}"
+                done stop 7 5
+            client gets 200 application/json
+                {"id": "chatcmpl-ID", "object": "chat.completion", "created": 0, "model": "plain",
+                 "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
+                   {"role": "assistant", "content": "{\"a\": 1}", "refusal": null}}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}}
+            """)
+
+    def test_log_probabilities_come_with_their_text(self) -> None:
+        # Recorded as `logprobs`; they may come in chunks without text, also in the last.
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": true, "logprobs": true, "top_logprobs": 1,
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}], "logprobs": true, "top_logprobs": 1,
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                {"message": {"content": "The"}, "logprobs": [{"token": "The", "logprob": -0.5, "bytes": [84, 104, 101], "top_logprobs": [{"token": "The", "logprob": -0.5, "bytes": [84, 104, 101]}]}]}
+                {"message": {"content": ""}, "done": true, "done_reason": "stop", "eval_count": 2, "logprobs": [{"token": ".", "logprob": 0}]}
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0,
+                       "model": "plain", "choices": [{"index": 0, "logprobs": null,
+                       "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+                data: {"choices": [{"delta": {"content": "The"}, "logprobs": {"refusal": null, "content": [
+                       {"token": "The", "logprob": -0.5, "bytes": [84, 104, 101], "top_logprobs": [{"token": "The", "logprob": -0.5, "bytes": [84, 104, 101]}]}]}}]}
+                data: {"choices": [{"delta": {"content": ""}, "logprobs": {"refusal": null, "content": [
+                       {"token": ".", "logprob": 0, "bytes": null, "top_logprobs": []}]}}]}
+                data: {"choices": [{"delta": {}, "logprobs": null, "finish_reason": "stop"}]}
+                data: [DONE]
+            """)
+
+
+class SmallerConversations(ServerCase):
+
+    def test_a_text_is_filled_in(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/completions
+                {"model": "coder", "prompt": ["def a("], "suffix": "return 1", "max_tokens": 9, "stop": ["\n\n"], "top_p": 0.5,
+                 "n": 1, "keep_alive": 60}
+            ollama is asked POST /api/generate
+                {"model": "coder", "prompt": "def a(", "suffix": "return 1", "think": false, "keep_alive": 60,
+                 "options": {"num_predict": 9, "top_p": 0.5}, "stream": true, "truncate": false}
+            ollama answers 200
+                {"model": "coder", "response": "):", "done": false}
+                {"model": "coder", "response": "", "done": true, "done_reason": "length", "context": [1, 2], "prompt_eval_count": 7, "eval_count": 1}
+            client gets 200 application/json
+                {"id": "cmpl-ID", "object": "text_completion", "created": 0, "model": "coder",
+                 "choices": [{"index": 0, "text": "):", "logprobs": null, "finish_reason": "length"}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8}}
+            """)
+
+    def test_a_completion_is_streamed(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/completions
+                {"model": "plain", "prompt": "[TEXT]", "stream": true, "stream_options": {"include_usage": true}}
+            ollama is asked POST /api/generate
+                {"model": "plain", "prompt": "[TEXT]", "think": false, "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                {"model": "plain", "response": "The", "done": false}
+                {"model": "plain", "response": "", "thinking": "lost", "done": false}
+                {"model": "plain", "response": " sky", "done": true, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 6}
+            client gets 200 text/event-stream
+                data: {"id": "cmpl-ID", "object": "text_completion", "created": 0, "model": "plain",
+                       "choices": [{"index": 0, "text": "The", "logprobs": null, "finish_reason": null}]}
+                data: {"choices": [{"text": " sky"}]}
+                data: {"choices": [{"text": "", "finish_reason": "stop"}]}
+                data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}}
+                data: [DONE]
+            """)
+
+    def test_a_model_that_cannot_fill_in_says_so(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/completions
+                {"model": "plain", "prompt": "[TEXT]", "suffix": "x", "stream": true}
+            ollama is asked POST /api/generate
+                {"model": "plain", "prompt": "[TEXT]", "suffix": "x", "think": false, "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "registry.ollama.ai/library/plain:latest does not support insert"}
+            client gets 400 application/json
+                {"error": {"message": "registry.ollama.ai/library/plain:latest does not support insert",
+                           "type": "invalid_request_error", "param": null, "code": null}}
+            """)
+
+    def test_embeddings_as_numbers(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/embeddings
+                {"model": "bert", "input": "hello", "encoding_format": "float", "dimensions": 2, "num_ctx": 512}
+            ollama is asked POST /api/embed
+                {"model": "bert", "input": ["hello"], "dimensions": 2, "options": {"num_ctx": 512}, "truncate": false}
+            ollama answers 200
+                {"model": "bert", "embeddings": [[0.5, -1]], "total_duration": 8118760, "prompt_eval_count": 5}
+            client gets 200 application/json
+                {"object": "list", "model": "bert", "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -1]}],
+                 "usage": {"prompt_tokens": 5, "total_tokens": 5}}
+            """)
+
+    def test_embeddings_as_base64(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/embeddings
+                {"model": "bert", "input": ["hello", "world"], "encoding_format": "BASE64"}
+            ollama is asked POST /api/embed
+                {"model": "bert", "input": ["hello", "world"], "options": {}, "truncate": false}
+            ollama answers 200
+                {"model": "bert", "embeddings": [[0.5, -1, 0], []], "prompt_eval_count": 10}
+            client gets 200 application/json
+                {"object": "list", "model": "bert", "data": [
+                   {"object": "embedding", "index": 0, "embedding": "AAAAPwAAgL8AAAAA"}, {"object": "embedding", "index": 1, "embedding": ""}],
+                 "usage": {"prompt_tokens": 10, "total_tokens": 10}}
+            """)
+
+    def test_a_text_that_is_too_long_to_embed_is_not_cut(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/embeddings
+                {"model": "plain", "input": "word word word"}
+            ollama is asked POST /api/embed
+                {"model": "plain", "input": ["word word word"], "options": {}, "truncate": false}
+            ollama answers 400
+                {"error": "input exceeds maximum context length"}
+            client gets 400 application/json
+                {"error": {"message": "This model's maximum context length is 512 tokens. However, your messages resulted in 513 tokens.",
+                           "type": "invalid_request_error", "param": null, "code": "context_length_exceeded"}}
+            """)
+
+    def test_a_model_that_does_not_embed_says_so(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/embeddings
+                {"model": "plain", "input": "hello"}
+            ollama is asked POST /api/embed
+                {"model": "plain", "input": ["hello"], "options": {}, "truncate": false}
+            ollama answers 501
+                {"error": "This server does not support embeddings. Start it with `--embeddings`"}
+            client gets 400 application/json
+                {"error": {"message": "This server does not support embeddings. Start it with `--embeddings`",
+                           "type": "invalid_request_error", "param": null, "code": null}}
             """)
 
 
@@ -1382,6 +1752,7 @@ class MessagesConversations(ServerCase):
 
 USER = [{"role": "user", "content": "[TEXT]"}]
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
 
 # What a client sends, and how the 400 begins that it gets: with the field to blame, which in
 # OpenAI's dialect is `param` as well.
@@ -1398,7 +1769,7 @@ BAD_BODIES = [
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
      "messages.0.content.0.text: is required"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-     "messages.0.content.0.type: must be one of text, refusal, not \"video\""),
+     "messages.0.content.0.type: must be one of text, image_url, not \"video\""),
     (CHAT, {"messages": USER, "model": 5}, "model: must be a string, not an integer"),
     (CHAT, {"messages": USER, "stream": "yes"}, "stream: must be true or false, not a string"),
     (CHAT, {"messages": USER, "stream_options": {"include_usage": 1}},
@@ -1413,6 +1784,92 @@ BAD_BODIES = [
     (CHAT, {"messages": USER, "stop": ["a", ""]}, "stop.1: must not be empty"),
     (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort: must be one of "),
     (CHAT, {"messages": USER, "reasoning": {"effort": 1}}, "reasoning.effort: must be a string"),
+    *((CHAT, {"messages": USER + [message]}, "messages.1." + words) for message, words in (
+        ({"role": "user", "content": [{"type": "image_url"}]},
+         "content.0.image_url: is required"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b"}}]},
+         "content.0.image_url.url: must be a data: URL of an image in base64"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:text/x;base64,AA"}]},
+         "content.0.image_url: must be a data: URL"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:;base64,A*"}]},
+         "content.0.image_url: is not base64"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
+         'content.0.type: must be one of text, image_url, not "input_audio"'),
+        ({"role": "user", "content": [{"type": "file", "file": {}}]}, "content.0.type: must be"),
+        ({"role": "assistant", "tool_calls": {}}, "tool_calls: must be a list"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]},
+         "tool_calls.0.function: is required"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]},
+         "tool_calls.0.id: is required"),
+        ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"arguments": "{}"}}]},
+         "tool_calls.0.function.name: is required"),
+        *(({"role": "assistant", "tool_calls": [{"id": "a", "function": {
+            "name": "a", "arguments": arguments}}]}, "tool_calls.0.function.arguments: " + words)
+          for arguments, words in (("{", "is not JSON: "), ("[1]", "must be an object"),
+                                   ("[" * 999, "is not JSON: it is nested"), ([1], "must be an"),
+                                   ('{"a": NaN}', "is not JSON: NaN"),
+                                   ('{"a": "\\ud800"}', "is not JSON: "))),
+        ({"role": "tool", "content": "x"}, "tool_call_id: is required"),
+        ({"role": "tool", "content": "x", "tool_call_id": "b"},
+         'tool_call_id: no tool call before has the id "b"'),
+        ({"role": "tool", "content": "x", "tool_call_id": 5}, "tool_call_id: must be a string"),
+        ({"role": "system"}, "content: is required"))),
+    *((CHAT, {"messages": USER, **more}, words) for more, words in (
+        ({"tools": {}}, "tools: must be a list"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function: is required"),
+        ({"tools": [{"type": "custom", "custom": {}}]},
+         'tools.0.type: must be function, not "custom"'),
+        ({"tools": [{"function": {}}]}, "tools.0.function.name: is required"),
+        ({"tools": [{"function": {"name": "a", "parameters": []}}]},
+         "tools.0.function.parameters: must be an object"),
+        ({"functions": [{"name": ""}]}, "functions.0.name: must not be empty"),
+        ({"tool_choice": "must"}, "tool_choice: must be one of auto, none, required"),
+        ({"tool_choice": 5}, "tool_choice: must be an object"),
+        ({"tool_choice": "required"}, "tool_choice: is required, but no tool is offered"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type: must be one of function, allowed"),
+        ({"tool_choice": {"type": "function", "function": {"name": "b"}}, "tools": [
+            {"function": {"name": "a"}}]}, 'tool_choice.function.name: must be one of a, not "b"'),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+            {"function": {"name": "b"}}]}}},
+         "tool_choice.allowed_tools.tools.0.function.name: must be one of nothing"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}},
+         "tool_choice.allowed_tools.mode: is required"),
+        ({"functions": [{"name": "a"}], "function_call": {"name": "b"}},
+         'function_call.name: must be one of a, not "b"'),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls: must be true or false"),
+        ({"response_format": "json"}, "response_format: must be an object"),
+        ({"response_format": {"type": "xml"}}, "response_format.type: must be one of text, json_"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: is required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+         "response_format.json_schema.schema: is required"),
+        ({"format": "xml"}, "format: must be an object, not a string"),
+        ({"top_logprobs": 21}, "top_logprobs: must be between 0 and 20"),
+        ({"logprobs": 5}, "logprobs: must be true or false"),
+        ({"think": "deeply"}, "think: must be one of low, medium, high, max"),
+        ({"think": 5}, "think: must be true or false"),
+        ({"keep_alive": True}, "keep_alive: must be a number, not true"),
+        ({"num_ctx": "8k"}, "num_ctx: must be an integer"),
+        ({"use_mmap": 1}, "use_mmap: must be true or false"),
+        ({"options": []}, "options: must be an object"),
+        ({"options": {"stop": "x"}}, "options.stop: must be a list"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}},
+         "chat_template_kwargs.enable_thinking: must be true or false"))),
+    *((COMPLETIONS, body, words) for body, words in (
+        ({}, "prompt: is required"), ({"prompt": ""}, "prompt: must not be empty"),
+        ({"prompt": []}, "prompt: must not be empty"), ({"prompt": 5}, "prompt: must be a list"),
+        ({"prompt": ["a", "b"]}, "prompt: must be one text"),
+        ({"prompt": [1, 2]}, "prompt.0: must be text: ids of OpenAI's tokens mean nothing"),
+        ({"prompt": "a", "stop": [1, 2]}, "stop.0: must be a string"),
+        ({"prompt": "a", "suffix": 5}, "suffix: must be a string"),
+        ({"prompt": "a", "n": 2}, "n: must be 1"))),
+    *((EMBEDDINGS, body, words) for body, words in (
+        ({}, "input: is required"), ({"input": []}, "input: must not be empty"),
+        ({"input": ""}, "input: must not be empty"), ({"input": ["a", ""]}, "input.1: must not be"),
+        ({"input": [1, 2]}, "input.0: must be text: ids"), ({"input": [[1]]}, "input.0: must be text"),
+        ({"input": [True]}, "input.0: must be a string"), ({"input": {}}, "input: must be a list"),
+        ({"input": "a", "encoding_format": "hex"},
+         'encoding_format: must be one of float, base64, not "hex"'),
+        ({"input": "a", "dimensions": 0}, "dimensions: must be at least 1"))),
     (MESSAGES, {}, "messages: is required"),
     (MESSAGES, {"messages": []}, "messages: must not be empty"),
     (MESSAGES, {"messages": {}}, "messages: must be a list, not an object"),
@@ -1571,7 +2028,7 @@ class Tables(ServerCase):
                 error = reply.json["error"]
                 self.assertEqual(error["message"][:len(message)], message)
                 self.assertEqual(error["type"], "invalid_request_error")
-                if path == CHAT:
+                if not path.startswith(MESSAGES):
                     names = re.match(r"([a-z_.0-9]+): ", message)
                     self.assertEqual(error["param"], names and names[1])
                 else:
@@ -2035,6 +2492,23 @@ class ForcedCalls(ServerCase):
             self.assertNotIn("text_delta", reply.text)
             self.assertIn('"stop_reason": "tool_use"', reply.text)
 
+    def test_openais_required_and_named_tools_hold_too(self) -> None:
+        tools = [{"type": "function", "function": {"name": tool["name"], "parameters":
+                                                   tool["input_schema"]}} for tool in self.TOOLS]
+        for choice, name in (("required", "get_weather"),
+                             ({"type": "function", "function": {"name": "pick"}}, "pick"),
+                             ({"type": "allowed_tools", "allowed_tools": {
+                                 "mode": "required", "tools": tools[1:]}}, "now")):
+            for stream in (False, True):
+                reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": stream,
+                                                "tool_choice": choice, "stop": "city"})
+                self.assertIn(f'"name": "{name}"', reply.text)
+                self.assertIn('"finish_reason": "tool_calls"', reply.text)
+        self.ollama.forever = lambda body: Script([*SKY] if "tools" not in body else [])
+        reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": False,
+                                        "tool_choice": "none"})
+        self.assertEqual(reply.json["choices"][0]["message"]["content"], "The sky is blue.")
+
     def test_a_model_that_does_not_obey_is_an_error_and_not_an_answer(self) -> None:
         for text in ("I would rather talk.", "[1]", "5", "", '{"name": 5, "parameters": {}}'):
             self.ollama.forever = None
@@ -2075,14 +2549,19 @@ class HarmlessSchemas(ServerCase):
                 {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
                 {"tools": [tool]}, {"tools": [tool], "tool_choice": {"type": "any"}},
                 {"tools": [tool], "output_format": {"type": "json_schema", "schema": schema}}]
-            for body in bodies:
+            function = {"type": "function", "function": {"name": "a", "parameters": prop(schema)}}
+            chats: List[Any] = [
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+                {"format": schema}, {"tools": [function], "tool_choice": "required"}]
+            for path, body in [*((MESSAGES, body) for body in bodies),
+                               *((CHAT, {"stream": False, **body}) for body in chats)]:
                 with self.subTest(body=str(body)[:200]):
-                    reply = self.ask("POST", MESSAGES, {"messages": USER, **body})
+                    reply = self.ask("POST", path, {"messages": USER, **body})
                     self.assertIn(reply.status, (200, 400))
                     answered[reply.status] += 1
         for _, body in self.ollama.asked:
             for found in [body["format"]] if "format" in body else [
-                    tool["function"]["parameters"] for tool in body["tools"]]:
+                    tool["function"]["parameters"] for tool in body.get("tools", ())]:
                 self.assertEqual(list(hazards(found, found)), [], found)
         self.assertGreater(answered[200], 200)
         self.assertGreater(answered[400], 30)
@@ -2334,6 +2813,13 @@ class HTTP(ServerCase):
                 (CHAT, {"stream_options": {"include_usage": True, "include_obfuscation": False},
                         "reasoning": {"effort": "low", "summary": "auto"}},
                  "reasoning.summary, stream_options.include_obfuscation"),
+                (CHAT, {"user": "me", "logit_bias": {}, "store": True, "verbosity": "low",
+                        "tools": [{"function": {"name": "a", "parameters": prop({"pattern": "x"})}}],
+                        "tool_choice": "required", "reasoning_effort": "high"},
+                 "logit_bias, reasoning_effort, store, tools.0.function.parameters.properties.a"
+                 ".pattern, user, verbosity"),
+                (COMPLETIONS, {"prompt": "a", "echo": True, "best_of": 1, "messages": None},
+                 "best_of, echo"),
                 (MESSAGES, {"metadata": {"user_id": "me"},
                             "thinking": {"type": "disabled", "display": "x"},
                             "output_config": {"task_budget": {}, "effort": "low"}},
@@ -3028,6 +3514,103 @@ class OpenAISDK(SDKCase):
         self.assertEqual(streamed.choices[0].finish_reason, whole.choices[0].finish_reason)
         self.assertEqual(streamed.usage, whole.usage)
 
+    def test_a_stream_ends_as_the_whole_completion_for_every_conversation(self) -> None:
+        compared = collections.Counter(self.compare(text) for text in transcripts(ChatConversations))
+        self.assertGreater(compared["completion"], 15)
+        self.assertGreater(compared["error"], 4)
+
+    def compare(self, text: str) -> str:
+        """Play one transcript through the SDK, whole and streamed; what came of it both times."""
+        parts = sections(text)
+        body = {**json.loads(parts[0][2]), "stream_options": {"include_usage": True}}
+        body.pop("stream", None)
+        first = {"model": body.pop("model", "plain"), "messages": body.pop("messages")}
+        results: List[Any] = []
+        for way in (self.whole, self.streamed):
+            self.ollama.scripts = scripts_of(parts)
+            try:
+                results.append(completion_of(way(**first, extra_body=body)))
+            except openai.APIError as error:
+                results.append(error.body)
+        with self.subTest(text=text[:400]):
+            self.assertEqual(results[0], results[1])
+        return "completion" if "finish_reason" in results[0] else "error"
+
+    def whole(self, **question: Any) -> Any:
+        return self.client().chat.completions.create(**question)
+
+    def streamed(self, **question: Any) -> Any:
+        with self.client().chat.completions.stream(**question) as stream:
+            try:
+                return stream.get_final_completion()
+            except openai.LengthFinishReasonError as error:      # the helper's alone
+                return error.completion
+
+    def test_a_tool_round_trip_with_parallel_calls(self) -> None:
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}}}}]
+        self.ollama.queue(Script([done("stop", 7, 6, calls(
+            ("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome"})))]), Script())
+        completions = self.client().chat.completions
+        message = completions.create(**self.QUESTION, tools=tools).choices[0].message
+        cities = [json.loads(call.function.arguments)["city"] for call in message.tool_calls]
+        self.assertEqual(cities, ["Oslo", "Rome"])
+        results = [{"role": "tool", "tool_call_id": call.id, "content": city}
+                   for call, city in zip(message.tool_calls, cities)]
+        answer = completions.create(model="plain", tools=tools,
+                                    messages=[*USER, message, *reversed(results)])
+        self.assertEqual(answer.choices[0].message.content, "The sky is blue.")
+        self.assertEqual([(asked["tool_call_id"], asked["content"]) for asked in
+                          self.ollama.asked[1][1]["messages"][2:]],
+                         [("call00002", "Rome"), ("call00001", "Oslo")])
+
+    def test_parse(self) -> None:
+        import pydantic                               # comes with the SDK
+
+        class City(pydantic.BaseModel):
+            name: str
+            size: int
+        self.ollama.forever = lambda body: Script([
+            content(json.dumps(example(body["format"], body["format"]))), done()])
+        completions = self.client().chat.completions
+        message = completions.parse(**self.QUESTION, response_format=City).choices[0].message
+        self.assertEqual(message.parsed, City(name="text", size=0))
+        message = completions.parse(
+            **self.QUESTION, tools=[openai.pydantic_function_tool(City)], tool_choice="required",
+        ).choices[0].message
+        self.assertEqual(message.tool_calls[0].function.parsed_arguments, City(name="text", size=0))
+        with completions.stream(**self.QUESTION, response_format=City) as stream:
+            found = stream.get_final_completion().choices[0].message.parsed
+        self.assertEqual(found, City(name="text", size=0))
+
+    def test_log_probabilities(self) -> None:
+        self.ollama.queue(Script([{**content("The"), "logprobs": [
+            {"token": "The", "logprob": -0.5, "bytes": [84, 104, 101], "top_logprobs": []}]}, done()]))
+        completion = self.client().chat.completions.create(**self.QUESTION, logprobs=True)
+        self.assertEqual(completion.choices[0].logprobs.content[0].token, "The")
+
+    def test_completions(self) -> None:
+        self.ollama.forever = lambda body: Script([
+            {"response": "return ", "done": False},
+            {"response": "1", "done": True, "done_reason": "stop", "eval_count": 2}])
+        question: Any = {"model": "coder", "prompt": "def a():", "suffix": "\n"}
+        whole = self.client().completions.create(**question)
+        self.assertEqual((whole.choices[0].text, whole.choices[0].finish_reason), ("return 1", "stop"))
+        chunks = list(self.client().completions.create(**question, stream=True))
+        self.assertEqual("".join(chunk.choices[0].text for chunk in chunks), "return 1")
+        self.assertEqual(chunks[-1].choices[0].finish_reason, "stop")
+
+    def test_embeddings_are_equal_in_both_encodings(self) -> None:
+        vectors = [[0.5, -0.25], [0.125, 1.0]]
+        self.ollama.forever = lambda body: Script([{"embeddings": vectors, "prompt_eval_count": 4}])
+        for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+            found = self.client().embeddings.create(model="bert", input=["a", "b"], **encoding)
+            self.assertEqual([list(struct.unpack("<2f", base64.b64decode(entry.embedding)))
+                              if isinstance(entry.embedding, str) else entry.embedding
+                              for entry in found.data], vectors)
+            self.assertEqual(found.usage.prompt_tokens, 4)
+        self.assertEqual([body["truncate"] for _, body in self.ollama.asked], [False] * 3)
+
     def test_async(self) -> None:
         self.ollama.forever = lambda body: Script()
 
@@ -3066,12 +3649,173 @@ class OpenAISDK(SDKCase):
         self.assertEqual(model.owned_by, "someone")
 
 
+def completion_of(completion: Any) -> Any:
+    """What matters of a completion, however the SDK names what is not there."""
+    choice, message = completion.choices[0], completion.choices[0].message
+    calls_ = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    legacy = message.function_call and message.function_call.arguments
+    scores = [(entry.token, entry.logprob) for entry in choice.logprobs.content or ()] \
+        if choice.logprobs else []
+    return {"finish_reason": choice.finish_reason, "content": message.content or "",
+            "calls": calls_, "legacy": legacy, "scores": scores, "usage": completion.usage,
+            "reasoning": [getattr(message, name, None) for name in ("reasoning", "reasoning_content")]}
+
+
 def without_ids(value: Any) -> str:
     return re.sub('"(id|tool_use_id|request_id)": "[a-z]+_[0-9a-f]{24}"', r'"\1": "ID"', json.dumps(value))
 
 
 def comparable(model: Any) -> Dict[str, Any]:
     return {key: value for key, value in model.model_dump(exclude_none=True).items() if key != "id"}
+
+
+# ---- Programs built on the SDKs ------------------------------------------------------------------
+# A text, a stream, a tool call and a structured output through each; theirs is a forced tool call or
+# a schema. .ci/run brings them, and says in WITHOUT_NPM what npm could not deliver.
+
+def installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+def needs_program(found: Any, what: str) -> Callable[[Any], Any]:
+    """Skip without the program; but fail where PROGRAMS is set, as .ci/run does."""
+    return unittest.skipUnless(found or os.environ.get("PROGRAMS"), f"{what} is not installed")
+
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+class ProgramCase(SDKCase):
+    """The scripted Ollama calls a tool for [TOOL], obeys `format`, and else says what it knows."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ollama.forever = self.answer
+
+    def answer(self, body: Any) -> Script:
+        last = body["messages"][-1]
+        if "format" in body:
+            return Script([content(json.dumps(example(body["format"], body["format"]))), done()])
+        if last["role"] == "tool":
+            return Script([content(f"It is {last['content']}."), done()])
+        if "tools" in body and "[TOOL]" in last["content"]:
+            name = body["tools"][0]["function"]["name"]
+            return Script([done("stop", 7, 6, calls((name, {"city": "Paris"})))])
+        return Script()
+
+
+@needs_program(installed("langchain_openai"), "langchain-openai")
+class LangChain(ProgramCase):
+
+    def model(self) -> Any:
+        from langchain_openai import ChatOpenAI
+        return ChatOpenAI(model="plain", base_url=self.url + "/v1", api_key="none")
+
+    def test_text_whole_and_streamed(self) -> None:
+        self.assertEqual(self.model().invoke("Why?").content, "The sky is blue.")
+        self.assertEqual("".join(chunk.content for chunk in self.model().stream("Why?")),
+                         "The sky is blue.")
+
+    def test_a_tool_call_and_structured_output(self) -> None:
+        tool = {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}
+        message = self.model().bind_tools([tool]).invoke("[TOOL]")
+        self.assertEqual([(call["name"], call["args"]) for call in message.tool_calls],
+                         [("get_weather", {"city": "Paris"})])
+        for method in ("json_schema", "function_calling"):
+            model = self.model().with_structured_output({"title": "Weather", **WEATHER}, method=method)
+            self.assertEqual(model.invoke("Why?"), {"city": "text"})
+
+    def test_embeddings_with_the_setting_that_our_error_advises(self) -> None:
+        from langchain_openai import OpenAIEmbeddings
+        self.ollama.forever = lambda body: Script([{"embeddings": [[0.5, 1]] * len(body["input"])}])
+        model = OpenAIEmbeddings(model="bert", base_url=self.url + "/v1", api_key="none",
+                                 check_embedding_ctx_length=False)
+        self.assertEqual(model.embed_documents(["a", "b"]), [[0.5, 1]] * 2)
+
+
+@needs_program(installed("pydantic_ai"), "pydantic-ai")
+class PydanticAI(ProgramCase):
+
+    def agent(self, **how: Any) -> Any:
+        from pydantic_ai import Agent
+        from pydantic_ai.models.openai import OpenAIChatModel
+        from pydantic_ai.providers.openai import OpenAIProvider
+        provider = OpenAIProvider(base_url=self.url + "/v1", api_key="none")
+        return Agent(OpenAIChatModel("plain", provider=provider), **how)
+
+    def test_text_whole_and_streamed(self) -> None:
+        self.assertEqual(self.agent().run_sync("Why?").output, "The sky is blue.")
+
+        async def streamed() -> str:
+            async with self.agent().run_stream("Why?") as result:
+                return "".join([text async for text in result.stream_text(delta=True)])
+        self.assertEqual(asyncio.run(streamed()), "The sky is blue.")
+
+    def test_a_tool_call_and_structured_output(self) -> None:
+        import pydantic
+
+        class City(pydantic.BaseModel):
+            name: str
+        agent = self.agent()
+        agent.tool_plain(name="get_weather")(lambda city: f"sunny in {city}")
+        self.assertEqual(agent.run_sync("[TOOL]").output, "It is sunny in Paris.")
+        self.assertEqual(self.agent(output_type=City).run_sync("Why?").output, City(name="text"))
+
+
+@needs_program(installed("instructor"), "instructor")
+class Instructor(ProgramCase):
+
+    def test_structured_output_by_a_tool_and_by_a_schema(self) -> None:
+        import instructor
+        import pydantic
+
+        class Twin(pydantic.BaseModel):
+            name: str
+
+        class City(pydantic.BaseModel):
+            name: str
+            twin: Twin
+        City.model_rebuild(_types_namespace={"Twin": Twin})
+        with openai.OpenAI(base_url=self.url + "/v1", api_key="none") as client:
+            for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
+                found = instructor.from_openai(client, mode=mode).chat.completions.create(
+                    model="plain", messages=USER, response_model=City, max_retries=0)
+                self.assertEqual(found.model_dump(), {"name": "text", "twin": {"name": "text"}})
+
+
+AI_SDK = r"""
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { generateText, streamText, generateObject, jsonSchema, tool, stepCountIs } from "ai";
+const model = createOpenAICompatible({ name: "local", baseURL: process.env.URL, apiKey: "none",
+                                       supportsStructuredOutputs: true })("plain");
+const city = jsonSchema(JSON.parse(process.env.SCHEMA));
+const tools = { get_weather: tool({ inputSchema: city, execute: async ({ city }) => `sunny in ${city}` }) };
+const found = { text: (await generateText({ model, prompt: "Why?" })).text, streamed: "" };
+for await (const part of streamText({ model, prompt: "Why?" }).textStream) found.streamed += part;
+found.tool = (await generateText({ model, tools, prompt: "[TOOL]", stopWhen: stepCountIs(3) })).text;
+const forced = await generateText({ model, tools, toolChoice: "required", prompt: "Why?" });
+found.forced = forced.toolCalls.map(call => [call.toolName, call.input]);
+found.object = (await generateObject({ model, schema: city, prompt: "Why?" })).object;
+console.log(JSON.stringify(found));
+"""
+
+
+@unittest.skipUnless(os.environ.get("AI_SDK") or (os.environ.get("PROGRAMS")
+                                                  and not os.environ.get("WITHOUT_NPM")),
+                     "AI_SDK does not name a folder that has the Vercel AI SDK")
+class VercelAISDK(ProgramCase):
+
+    def test_text_stream_tools_and_structured_output(self) -> None:
+        script = Path(os.environ["AI_SDK"], "ollama_api_test.mjs")
+        script.write_text(AI_SDK, encoding="utf-8")
+        self.addCleanup(script.unlink)
+        process = subprocess.run(
+            ["node", str(script)], capture_output=True, text=True, timeout=60,
+            env={"PATH": os.environ["PATH"], "URL": self.url + "/v1", "SCHEMA": json.dumps(WEATHER)})
+        self.assertEqual(process.returncode, 0, process.stderr)
+        self.assertEqual(json.loads(process.stdout), {
+            "text": "The sky is blue.", "streamed": "The sky is blue.", "tool": "It is sunny in Paris.",
+            "forced": [["get_weather", {"city": "text"}]], "object": {"city": "text"}})
 
 
 # ---- The file itself -----------------------------------------------------------------------------
