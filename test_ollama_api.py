@@ -2064,6 +2064,63 @@ class Tables(ServerCase):
                                         "output_config": {"effort": effort}})
             self.assertEqual(self.ollama.asked[-1][1]["think"], think)
 
+    def test_how_much_thought_openais_clients_ask_for(self) -> None:
+        for body, think in (
+                ({}, None), ({"reasoning_effort": None, "reasoning": {}}, None),
+                ({"reasoning_effort": "none"}, False), ({"reasoning_effort": "minimal"}, "low"),
+                ({"reasoning_effort": "medium"}, "medium"), ({"reasoning_effort": "xhigh"}, "max"),
+                ({"reasoning": {"effort": "ultra"}}, "max"),
+                ({"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, "high"),
+                ({"think": True}, True), ({"think": "max"}, "max"),
+                ({"think": False, "chat_template_kwargs": {"enable_thinking": True}}, False),
+                ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+                ({"chat_template_kwargs": {"enable_thinking": False}, "think": None}, False)):
+            chat = ollama_api.chat_request({"model": "plain", "messages": USER, **body})
+            self.assertEqual(chat.body.get("think"), think, body)
+
+    def test_what_else_a_chat_may_ask_for(self) -> None:
+        def read(**body: Any) -> ollama_api.Chat:
+            return ollama_api.chat_request({"model": "plain", "messages": USER, **body})
+        self.assertEqual(read(stop=["a"], options={"stop": ["b"]}).stop, ["a", "b"])
+        self.assertEqual(read(options={"stop": ["b"]}).body["options"], {})
+        self.assertTrue(read(functions=[{"name": "a"}]).one_call)
+        self.assertFalse(read(tools=[]).one_call)
+        messages = [{"role": "assistant", "function_call": {"name": "a"}},
+                    {"role": "function", "name": "a", "content": None}]
+        self.assertEqual(read(messages=messages).body["messages"][1]["content"], "(no text)")
+
+    def test_log_probabilities_go_with_the_text_that_is_held_back(self) -> None:
+        tokens_: List[Any] = [{"token": letter, "logprob": -1} for letter in "abc"]
+        events = [Text(token["token"], (token,)) for token in tokens_]
+        found = list(ollama_api.until_stop(iter([*events, Finish("stop", 7, 3)]), ["abd"], 3))
+        self.assertEqual(found, [Text("abc", tuple(tokens_)), Finish("stop", 7, 3)])
+        found = list(ollama_api.unrepeated(iter([*events, Finish("stop", 7, 3)]), "ab"))
+        self.assertEqual(found, [Text("c", (tokens_[2],)), Finish("stop", 7, 3)])
+        self.assertEqual(list(ollama_api.parts_of({"logprobs": [5, {"token": "a"}]}, {})),
+                         [Text("", ({"token": "a"},))])
+
+    def test_what_ollama_did_not_compute_again_is_told(self) -> None:
+        for path, usage in ((CHAT, {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15,
+                                    "prompt_tokens_details": {"cached_tokens": 4}}),
+                            (MESSAGES, {"input_tokens": 5, "output_tokens": 6,
+                                        "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4})):
+            self.ollama.queue(Script([{**done("stop", 9, 6), "prompt_eval_cached_count": 4}]))
+            reply = self.ask("POST", path, {"messages": USER, "stream": False})
+            self.assertEqual(reply.json["usage"], usage)
+
+    def test_embeddings_that_are_none(self) -> None:
+        for vectors, words in (([], "0 embeddings for 1 texts"), (None, "0 embeddings"),
+                               ([[1], [2]], "2 embeddings for 1 texts"), ([5], "no list of numbers"),
+                               ([["a"]], "no list of numbers"), ([[1e300]], "no list of numbers")):
+            self.ollama.queue(Script([{"embeddings": vectors}]))
+            reply = self.ask("POST", EMBEDDINGS, {"input": "a"})
+            self.assertEqual((reply.status, reply.json["error"]["type"]), (502, "api_error"))
+            self.assertIn(words, reply.text)
+
+    def test_an_error_of_ollama_that_is_not_json_keeps_its_text(self) -> None:
+        for text in ("boom", "<h1>Bad gateway</h1>", "[5]"):
+            self.assertEqual(ollama_api.refusal(500, text).message, "Ollama failed: " + text)
+
     def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
         overflow = Script([{"error": "the input length exceeds the context length"}], 400)
         for body, told in (({"model": "plain"}, "prompt is too long: 10001 tokens > 512 maximum"),
