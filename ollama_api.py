@@ -558,7 +558,8 @@ def unrepeated(events: Iterator[Event], beginning: str) -> Iterator[Event]:
             held += event
             if beginning.startswith(held.text) and held.text != beginning:
                 continue
-            event = held.split(len(beginning))[1] if held.text.startswith(beginning) else held
+            repeated = beginning and held.text.startswith(beginning)
+            event = held.split(len(beginning))[1] if repeated else held
             beginning, held = "", Text("")
         elif held.text:
             yield held
