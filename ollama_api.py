@@ -24,6 +24,8 @@ Endpoints
 Contents of this file, from top to bottom
     Configuration                  every option, default and limit
     The neutral middle             what dialects share: Ollama's request, the events of a reply
+    Reading requests               fields and their kinds, options, earlier tool calls
+    Shaping answers                stop texts, forced and lost tool calls, prefills, frames
     Schemas and tools              what Ollama can bear of a client's JSON schemas
     Ollama                         the upstream, and how to wait for it
     Anthropic Messages             a dialect
@@ -199,8 +201,8 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Finish:
-    reason: str                        # Ollama's done_reason (stop, length), or ours: tool_calls,
-    prompt_tokens: int                 # stop_sequence
+    reason: str                        # done_reason (stop, length); ours: tool_calls, stop_sequence
+    prompt_tokens: int
     completion_tokens: int
     stop_sequence: Optional[str] = None
     cached_tokens: Optional[int] = None    # of the prompt; since 0.34
@@ -271,11 +273,15 @@ class ClientLeft(Exception):
     """The client closed its connection: nothing that could still be done is of use to anybody."""
 
 
-REPORTED_FIELDS = 64
-
 dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
 plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of a model
 
+# ---- Reading requests ----------------------------------------------------------------------------
+# What dialects read a body with. All that is wrong in it is a 400 that names the path of the field,
+# as in messages.2.content.0.text; null counts as absent. What is accepted without effect is
+# collected in Chat.ignored, and reported in the header x-ignored-fields.
+
+REPORTED_FIELDS = 64
 STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -489,6 +495,10 @@ def base64_checked(data: str, path: str) -> str:
         raise invalid(path, f"is not base64: {error}") from error
     return data
 
+
+# ---- Shaping answers -----------------------------------------------------------------------------
+# Filters over the events of an answer, each for one thing that Ollama does not do by itself, and
+# what dialects make frames with. Ollama puts the filters in a row for each request, in read_as.
 
 def begun(events: Iterator[Event]) -> Iterator[Event]:
     """The same events, the first of which is there already.
@@ -948,7 +958,7 @@ def call_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
 
 
 def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
-    return {"type": "object", **reducer.reduced(Subschema(tool.schema, tool.path, tool.schema))}
+    return {**reducer.reduced(Subschema(tool.schema, tool.path, tool.schema)), "type": "object"}
 
 
 def bind(chat: Chat, reducer: SchemaReducer, schema: JSON, how: str) -> None:
