@@ -525,15 +525,16 @@ def runs_of(events: Iterable[Any]) -> Iterator[Tuple[type, Iterator[Any]]]:
 
 
 def none_lost(events: Iterator[Event]) -> Iterator[Event]:
-    """Refuse an answer of nothing, for which the model wrote something: up to 0.32 Ollama swallows
-    a tool call that it cannot parse, or whose name was not offered."""
-    empty = True
+    """Refuse an answer that says nothing, but for thoughts and blanks, although the model wrote
+    something: up to 0.32 Ollama swallows tool calls that it cannot parse, or did not offer."""
+    said = False
     for event in events:
-        if isinstance(event, Finish) and empty and event.reason == "stop" \
+        said = said or isinstance(event, ToolCall) or (
+            isinstance(event, Text) and not event.text.isspace())
+        if isinstance(event, Finish) and not said and event.reason == "stop" \
                 and event.completion_tokens > 1:
-            raise APIError(502, "The model wrote a tool call that Ollama could not read, and which "
-                                "is lost.")
-        empty = False
+            raise APIError(502, "The model ended without an answer. If it wrote a tool call, "
+                                "Ollama could not read it, and it is lost.")
         yield event
 
 

@@ -1637,7 +1637,7 @@ class MessagesConversations(ServerCase):
                 done stop 267 6
             client gets 502 application/json
                 {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                 "message": "The model wrote a tool call that Ollama could not read, and which is lost."}}
+                 "message": "The model ended without an answer. If it wrote a tool call, Ollama could not read it, and it is lost."}}
             """)
 
     def test_a_tool_call_of_an_answer_that_breaks_off_is_not_passed_on(self) -> None:
@@ -2189,10 +2189,12 @@ class Tables(ServerCase):
             next(events)
 
     def test_an_answer_of_nothing_is_an_error_only_where_a_tool_call_was_lost(self) -> None:
-        for tools, reason, tokens, status in (
-                ([{"name": "a"}], "stop", 6, 502), ([{"name": "a"}], "stop", 1, 200),
-                ([{"name": "a"}], "length", 4, 200), ([], "stop", 6, 200)):
-            self.ollama.queue(Script([done(reason, 7, tokens)]))
+        thought, blank, one = [thinking("Hm.")], [content("\n\n")], [{"name": "a"}]
+        for tools, said, reason, tokens, status in (
+                (one, [], "stop", 6, 502), (one, thought + blank, "stop", 20, 502),
+                (one, [], "stop", 1, 200), (one, thought, "length", 4, 200),
+                (one, blank + [content("Hi")], "stop", 6, 200), ([], thought, "stop", 6, 200)):
+            self.ollama.queue(Script([*said, done(reason, 7, tokens)]))
             reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": tools})
             self.assertEqual(reply.status, status)
 
