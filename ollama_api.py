@@ -690,7 +690,8 @@ class SchemaReducer:
             "minimum": self.read_bound, "maximum": self.read_bound, "$ref": self.read_reference}
 
     def reduced(self, at: Subschema) -> JSON:
-        """The keywords that are known and harmless; of rival SHAPES the first, as in Ollama."""
+        """The keywords that are known and harmless. Of rival SHAPES Ollama would look at one alone;
+        here it is the first in their order, and the others are reported."""
         if isinstance(at.schema, bool):
             return {} if at.schema else self.leave_out(at.path)
         schema = checked(at.schema, at.path, dict)
