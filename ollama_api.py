@@ -1133,13 +1133,8 @@ class Ollama:
         self.opened.close()
 
     def chat(self, chat: Chat) -> Iterator[Event]:
-        """POST /api/chat or generate: the events of the answer. Asks when it is first advanced.
-
-        `truncate` false makes an overflow an error: by default Ollama drops messages silently."""
-        options = dict(chat.body["options"])
-        if self.config.num_ctx is not None:
-            options.setdefault("num_ctx", self.config.num_ctx)
-        body: JSON = {**chat.body, "options": options, "truncate": False, "stream": True}
+        """POST /api/chat or generate: the events of the answer. Asks when it is first advanced."""
+        body: JSON = {**chat.body, "stream": True}
         path = "/api/generate" if "prompt" in body else "/api/chat"
         events = events_of(chunks_of(self.ask(path, body), self.config.line_bytes))
         for event in read_as(chat, self.noted(chat, events)):
@@ -1166,11 +1161,14 @@ class Ollama:
 
     def embed(self, body: JSON) -> JSON:
         """POST /api/embed: the whole answer."""
-        response = self.ask("/api/embed", {**body, "truncate": False})
-        return parse_line(whole(response, self.config.embed_bytes))
+        return parse_line(whole(self.ask("/api/embed", body), self.config.embed_bytes))
 
     def ask(self, path: str, body: JSON) -> http.client.HTTPResponse:
-        """Ask by the name that the client gave, else by the one that an alias gives."""
+        """Ask by the name that the client gave, else by the one that an alias gives.
+
+        `truncate` false makes an overflow an error: by default Ollama drops messages silently."""
+        context = {"num_ctx": self.config.num_ctx} if self.config.num_ctx is not None else {}
+        body = {**body, "options": {**context, **body["options"]}, "truncate": False}
         for name in self.names_for(body["model"]):
             try:
                 if images_in(body):
@@ -1218,7 +1216,7 @@ class Ollama:
         loaded = (model.get("context_length", 0)
                   for model in self.get("/api/ps").get("models") or ()
                   if tagged(model_name(model)) == tagged(body["model"]))
-        context = body.get("options", {}).get("num_ctx") or next(loaded, 0)
+        context = body["options"].get("num_ctx") or next(loaded, 0)
         return PromptTooLong(max(self.rates.tokens(body), context + 1), context)
 
     def models(self) -> List[JSON]:

@@ -2318,6 +2318,11 @@ class AliasesAndContext(ServerCase):
         self.ollama.queue(Script())
         self.ask("POST", CHAT, {"messages": USER, "temperature": 0.5})
         self.assertEqual(self.ollama.asked[0][1]["options"], {"temperature": 0.5, "num_ctx": 4096})
+        self.ollama.queue(Script(), Script([{"embeddings": [[1]]}]))
+        self.ask("POST", CHAT, {"messages": USER, "num_ctx": 512})
+        self.ask("POST", EMBEDDINGS, {"input": "a"})
+        self.assertEqual([body["options"] for _, body in self.ollama.asked[1:]],
+                         [{"num_ctx": 512}, {"num_ctx": 4096}])
 
     def test_num_ctx_is_the_maximum_that_an_overflow_tells(self) -> None:
         self.ollama.queue(Script([{"error": "the input length exceeds the context length"}], 400))
