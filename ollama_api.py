@@ -288,7 +288,7 @@ NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 def strict_json(data: bytes, depth: int) -> Any:
     """JSON (RFC 8259): strict UTF-8, of bounded depth, without what json.loads takes but Ollama
-    does not: NaN, Infinity, numbers beyond a float, lone surrogates. ValueError says why not."""
+    does not: NaN, Infinity, floats out of range, lone surrogates. ValueError says why not."""
     def refuse(what: str) -> NoReturn:
         raise ValueError(f"{what} is not JSON")
 
@@ -388,6 +388,8 @@ def options_of(body: JSON, table: Mapping[str, Option]) -> JSON:
             continue
         if value < at_least:
             raise invalid(field, f"must be at least {at_least:g}")
+        if abs(value) >= 2**63:
+            raise invalid(field, "is too large a number")
         options[name] = value
     return options
 
@@ -430,9 +432,12 @@ def unread(body: JSON, fields: Iterable[str], path: str = "") -> Iterator[str]:
 
 
 def stop_texts(values: List[Any], path: str) -> List[str]:
+    """Stop texts, few and short enough to be looked for after each token."""
+    if len(values) > 64:
+        raise invalid(path, "must not be more than 64")
     for place, text in items(values, path, str):
-        if not text:
-            raise invalid(place, "must not be empty")
+        if not 0 < len(text) <= 1000:
+            raise invalid(place, "must have from 1 to 1000 characters")
     return values
 
 
@@ -489,6 +494,8 @@ def data_url(url: str, path: str) -> str:
 
 
 def base64_checked(data: str, path: str) -> str:
+    if not data:
+        raise invalid(path, "must not be empty")
     try:
         base64.b64decode(data, validate=True)
     except ValueError as error:
@@ -530,7 +537,7 @@ def none_lost(events: Iterator[Event]) -> Iterator[Event]:
     said = False
     for event in events:
         said = said or isinstance(event, ToolCall) or (
-            isinstance(event, Text) and not event.text.isspace())
+            isinstance(event, Text) and bool(event.text.strip()))
         if isinstance(event, Finish) and not said and event.reason == "stop" \
                 and event.completion_tokens > 1:
             raise APIError(502, "The model ended without an answer. If it wrote a tool call, "
@@ -538,20 +545,35 @@ def none_lost(events: Iterator[Event]) -> Iterator[Event]:
         yield event
 
 
-def decoded(events: Iterator[Event], decode: Callable[[JSON], Event]) -> Iterator[Event]:
+def decoded(events: Iterator[Event], decode: Callable[[JSON], Event],
+            beginning: str) -> Iterator[Event]:
     """Turn an answer that is bound to be JSON into what it stands for, a tool call. Of one that was
-    cut short nothing is left but the Finish that says so."""
+    cut short nothing is left but the Finish that says so. `beginning` is as for unrepeated."""
     texts = []
     for event in events:
         if isinstance(event, Text):
             texts.append(event.text)
             continue
         if isinstance(event, Finish) and event.reason == "stop":
-            found = decode(parse_line("".join(texts).encode()))
+            found = decode(bound_object("".join(texts), beginning))
             yield found
             if isinstance(found, ToolCall):
                 event = dataclasses.replace(event, reason="tool_calls")
         yield event
+
+
+def bound_object(text: str, beginning: str) -> JSON:
+    """The object that an answer is, with or without the beginning that the model was given."""
+    error = "no JSON"
+    for candidate in (text, text[len(beginning):] if text.startswith(beginning) else text):
+        try:
+            value = strict_json(candidate.encode("utf-8", "surrogatepass"), Config.json_depth)
+        except ValueError as found:
+            error = str(found)
+            continue
+        if isinstance(value, dict):
+            return value
+    raise broken(f"not a JSON object: {text[:80]!r}, {error}")
 
 
 def first_call(events: Iterator[Event]) -> Iterator[Event]:
@@ -647,7 +669,6 @@ SCHEMA_ITEMS = (0, 64)                       # 10,000 stop the runner of 0.20
 SCHEMA_INTEGERS = (1 - 2**31, 2**31 - 1)
 SCHEMA_LEVELS = 60
 SCHEMA_DEFINITIONS = 1000
-SCHEMA_PARTS = 2000                          # resolving references can make much of little
 
 
 def grammar_schema(schema: Any, path: str) -> Tuple[JSON, List[str]]:
@@ -655,7 +676,7 @@ def grammar_schema(schema: Any, path: str) -> Tuple[JSON, List[str]]:
 
     `path` is where it stands in the request; 400 where it is malformed, too deep or endless."""
     reducer = SchemaReducer()
-    return reducer.finished(reducer.reduced(Subschema(schema, path, schema))), reducer.left_out
+    return reducer.finished(reducer.read(schema, path)), reducer.left_out
 
 
 class Subschema(NamedTuple):
@@ -677,7 +698,8 @@ class SchemaReducer:
 
     def __init__(self) -> None:
         self.left_out: List[str] = []
-        self.names: Dict[Tuple[int, str], str] = {}      # of a reference within a root
+        self.names: Dict[int, str] = {}                  # of what is referred to, by its identity
+        self.budget = 0                                  # how many bytes more there may be
         self.waiting: List[Tuple[str, Subschema]] = []   # definitions that are still to be built
         self.readers: Dict[str, Callable[[Subschema, str], JSON]] = {
             "type": self.read_type, "format": self.read_format,
@@ -689,6 +711,16 @@ class SchemaReducer:
             "minItems": self.read_bound, "maxItems": self.read_bound,
             "minimum": self.read_bound, "maximum": self.read_bound, "$ref": self.read_reference}
 
+    def read(self, schema: Any, path: str) -> JSON:
+        """A whole schema of the client's."""
+        self.budget += 8 * len(plain_json(schema)) + 2000
+        return self.reduced(Subschema(schema, path, schema))
+
+    def spend(self, at: Subschema, size: int) -> None:
+        self.budget -= size
+        if self.budget < 0:
+            raise invalid(at.path, "the schema is too large with all that it refers to")
+
     def reduced(self, at: Subschema) -> JSON:
         """The keywords that are known and harmless. Of rival SHAPES Ollama would look at one alone;
         here it is the first in their order, and the others are reported."""
@@ -697,14 +729,22 @@ class SchemaReducer:
         schema = checked(at.schema, at.path, dict)
         if at.level > SCHEMA_LEVELS:
             raise invalid(at.path, f"is nested deeper than {SCHEMA_LEVELS} levels")
-        shape = next((word for word in SCHEMA_SHAPES if word in schema), "")
+        schema = {word: value for word, value in schema.items()
+                  if value is not None or word == "const"}
+        shapes = [word for word in SCHEMA_SHAPES if word in schema]
+        shape = next((word for word in shapes if schema[word] != {}), "".join(shapes[:1]))
+        beside = {"properties": "allOf"}.get(shape)
+        self.spend(at, sum(map(len, schema)))
         kept: JSON = {}
         for word in schema:
-            rival = word in SCHEMA_SHAPES and word != shape
+            rival = word in shapes and word not in (shape, beside)
             if word in self.readers and not rival:
                 kept.update(self.readers[word](at, word))
             elif word not in SCHEMA_NOTES:
                 self.leave_out(f"{at.path}.{word}")
+        if "properties" in kept and "allOf" in kept:     # Ollama would look at the first alone
+            own = {word: kept.pop(word) for word in ("properties", "required") if word in kept}
+            kept["allOf"] = [own, *kept["allOf"]]
         return {"$ref": kept["$ref"]} if "$ref" in kept else kept
 
     def leave_out(self, path: str) -> JSON:
@@ -727,10 +767,12 @@ class SchemaReducer:
     def read_values(self, at: Subschema, word: str) -> JSON:
         if word == "enum" and not checked(at.schema[word], f"{at.path}.{word}", list):
             raise invalid(f"{at.path}.{word}", "must not be empty")
+        self.spend(at, len(plain_json(at.schema[word])))
         return {word: at.schema[word]}
 
     def read_properties(self, at: Subschema, word: str) -> JSON:
         parts = checked(at.schema[word], f"{at.path}.{word}", dict)
+        self.spend(at, sum(map(len, parts)))
         return {word: {name: self.reduced(at.inside(part, word, name))
                        for name, part in parts.items()}}
 
@@ -763,8 +805,10 @@ class SchemaReducer:
 
     def read_all_of(self, at: Subschema, word: str) -> JSON:
         """Ollama merges objects only; what is alone may be of any kind (pydantic 1 does so)."""
-        members = self.members(at, word)
-        return members[0] if len(members) == 1 else {word: members}
+        members = [member for member in self.members(at, word) if member]
+        if len(members) == 1 and "properties" not in at.schema:
+            return members[0]
+        return {word: members} if members else {}
 
     def members(self, at: Subschema, word: str) -> List[JSON]:
         parts = checked(at.schema[word], f"{at.path}.{word}", list)
@@ -775,22 +819,22 @@ class SchemaReducer:
     def read_bound(self, at: Subschema, word: str) -> JSON:
         """A bound, if it and its partner are numbers that every release can work with."""
         of_items = word.endswith("Items")
-        low, high = ("minItems", "maxItems") if of_items else ("minimum", "maximum")
         least, most = SCHEMA_ITEMS if of_items else SCHEMA_INTEGERS
-        bounds = [at.schema.get(low, least), at.schema.get(high, most)]
-        fits = ([type(bound) for bound in bounds] == [int, int]
-                and least <= bounds[0] <= bounds[1] <= most
+        pair = [at.schema[name] for name in (
+            ("minItems", "maxItems") if of_items else ("minimum", "maximum"))
+            if type(at.schema.get(name)) is int and least <= at.schema[name] <= most]
+        fits = (at.schema[word] in pair and type(at.schema[word]) is int and pair == sorted(pair)
                 and (of_items or "integer" in list_of(at.schema.get("type"))))
         return {word: at.schema[word]} if fits else self.leave_out(f"{at.path}.{word}")
 
     def read_reference(self, at: Subschema, word: str) -> JSON:
         path = f"{at.path}.{word}"
         pointer = checked(at.schema[word], path, str)
-        key = (id(at.root), pointer)
+        target = pointed_at(at.root, pointer)
+        if target is None:
+            raise invalid(path, f"{dumps(pointer)} leads nowhere")
+        key = id(target)
         if key not in self.names:
-            target = pointed_at(at.root, pointer)
-            if target is None:
-                raise invalid(path, f"{dumps(pointer)} leads nowhere")
             if len(self.names) >= SCHEMA_DEFINITIONS:
                 raise invalid(path, f"is one of more than {SCHEMA_DEFINITIONS} references")
             name = re.sub(r"[^A-Za-z0-9_]", "", pointer.rpartition("/")[2]) or "root"
@@ -809,7 +853,8 @@ class SchemaReducer:
             built[name], paths[name] = self.reduced(target), target.path
         open_ends = {name: set(direct_references(built[name])) for name in built}
         while open_ends:
-            closed = [name for name, others in open_ends.items() if not others & open_ends.keys()]
+            left = set(open_ends)
+            closed = [name for name, others in open_ends.items() if not others & left]
             if not closed:
                 raise invalid(paths[min(open_ends)], "leads back to itself")
             for name in closed:
@@ -861,36 +906,55 @@ class Tool(NamedTuple):
 def tool_schema(schema: JSON) -> JSON:
     """A tool's schema as far as Ollama reads it, of the kinds that it demands, in the same order
     (of which its KV cache is a matter)."""
-    found = narrowed(schema, schema, iter(range(SCHEMA_PARTS)), ())
+    budget = [8 * len(plain_json(schema)) + 2000]
+    found = narrowed(schema, schema, budget, ())
     return {"type": "object", "properties": {}, **{
         word: found[word] for word in ("properties", "required") if word in found}}
 
 
-def narrowed(schema: Any, root: Any, budget: Iterator[int], within: Tuple[str, ...]) -> JSON:
+def narrowed(schema: Any, root: Any, budget: List[int], within: Tuple[str, ...]) -> JSON:
     """One part of it, references resolved, for Ollama drops them. `within` has the references and
-    steps that led here, `budget` the parts that there may still be; beyond it all is {}."""
+    steps that led here; `budget` is how many bytes more there may be, since what is referred to
+    often would make much of little. Beyond it all is {}."""
     def inner(part: Any, step: str = "") -> JSON:
         return narrowed(part, root, budget, (*within, step))
 
-    def word_by_word(word: str, value: Any) -> JSON:
-        if word == "$ref" and isinstance(value, str) and value not in within:
-            return inner(pointed_at(root, value), value)
-        if word == "allOf" and len(list_of(value)) == 1:
-            return inner(list_of(value)[0])
-        if word == "properties" and isinstance(value, dict):
-            return {word: {name: inner(part) for name, part in value.items()}}
-        if word in ("anyOf", "oneOf") and isinstance(value, list) and value:
-            return {"anyOf": [inner(part) for part in value]}
-        if word == "items":
-            return {word: inner(value)}
-        return narrowed_value(word, value)
-
-    if not isinstance(schema, dict) or len(within) > SCHEMA_LEVELS or next(budget, None) is None:
-        return {}
     kept: JSON = {}
-    for word, value in schema.items():
-        kept.update(word_by_word(word, value))
+    for word, value in schema.items() if isinstance(schema, dict) else ():
+        budget[0] -= len(word)
+        if budget[0] < 0 or len(within) > SCHEMA_LEVELS:
+            break
+        if word == "$ref" and isinstance(value, str) and value not in within:
+            kept = merged(kept, inner(pointed_at(root, value), value))
+        elif word == "allOf":
+            for part in list_of(value):
+                kept = merged(kept, inner(part))
+        else:
+            kept = merged(kept, narrowed_word(word, value, inner, budget))
     return kept
+
+
+def merged(first: JSON, second: JSON) -> JSON:
+    """Two schemas of which both hold, as far as Ollama reads them."""
+    both = {**first, **second}
+    if "properties" in first and "properties" in second:
+        both["properties"] = {**first["properties"], **second["properties"]}
+    if "required" in first and "required" in second:
+        both["required"] = list(dict.fromkeys(first["required"] + second["required"]))
+    return both
+
+
+def narrowed_word(word: str, value: Any, inner: Callable[[Any], JSON], budget: List[int]) -> JSON:
+    if word == "properties" and isinstance(value, dict):
+        budget[0] -= sum(map(len, value))
+        return {word: {name: inner(part) for name, part in value.items()}}
+    if word in ("anyOf", "oneOf") and isinstance(value, list) and value:
+        return {"anyOf": [inner(part) for part in value]}
+    if word == "items":
+        return {word: inner(value)}
+    found = narrowed_value(word, value)
+    budget[0] -= len(plain_json(found))
+    return found if budget[0] >= 0 else {}
 
 
 def narrowed_value(word: str, value: Any) -> JSON:
@@ -925,7 +989,7 @@ def force_call(chat: Chat, tools: Sequence[Tool]) -> None:
         bind(chat, reducer, arguments_schema(reducer, tools[0]),
              CALL_ONE.format(tools[0].name, plain_json(tools[0].for_model())))
     else:
-        chat.decode = chosen
+        chat.decode = functools.partial(chosen, [tool.name for tool in tools], False)
         bind(chat, reducer, {"anyOf": [call_schema(reducer, tool) for tool in tools]},
              CALL_ANY.format(plain_json([tool.for_model() for tool in tools])))
 
@@ -938,11 +1002,11 @@ def offer_tools(chat: Chat, tools: Sequence[Tool], schema: Optional[JSON], path:
     if schema is None:
         chat.body.update({"tools": [tool.for_ollama() for tool in tools]} if tools else {})
         return
-    answer = reducer.reduced(Subschema(schema, path, schema))
+    answer = reducer.read(schema, path)
     if not tools:
         bind(chat, reducer, answer, ANSWER.format(plain_json(schema)))
         return
-    chat.decode = chosen
+    chat.decode = functools.partial(chosen, [tool.name for tool in tools], True)
     calls = [call_schema(reducer, tool) for tool in tools]
     described = plain_json([tool.for_model() for tool in tools])
     bind(chat, reducer, {"anyOf": [*calls, object_schema(answer=answer)]},
@@ -960,7 +1024,7 @@ def call_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
 
 
 def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
-    return {**reducer.reduced(Subschema(tool.schema, tool.path, tool.schema)), "type": "object"}
+    return {**reducer.read(tool.schema, tool.path), "type": "object"}
 
 
 def bind(chat: Chat, reducer: SchemaReducer, schema: JSON, how: str) -> None:
@@ -973,11 +1037,14 @@ def bind(chat: Chat, reducer: SchemaReducer, schema: JSON, how: str) -> None:
     chat.body["messages"] = system_first([*messages[:start], system, *messages[start:]])
 
 
-def chosen(value: JSON) -> Event:
-    """The tool call, or the answer, that a bound answer to CALL_ANY or CALL_OR_ANSWER is."""
-    if "answer" in value:
+def chosen(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
+    """The tool call, or the answer, that an answer to CALL_ANY or CALL_OR_ANSWER is."""
+    if may_answer and "answer" in value and "name" not in value:
         return Text(plain_json(value["answer"]))
-    return tool_call(value, "parameters")
+    call = tool_call(value, "parameters")
+    if call.name not in names:
+        raise broken(f"a call of {dumps(call.name)[:80]}, which was not offered")
+    return call
 
 
 # ---- Ollama --------------------------------------------------------------------------------------
@@ -1330,7 +1397,7 @@ def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
         if told(chunk, "done", False):
             yield from held
             reason = told(chunk, "done_reason", "") or "stop"
-            yield Finish("tool_calls" if held and reason == "stop" else reason,
+            yield Finish("tool_calls" if held and reason != "length" else reason,
                          told(chunk, "prompt_eval_count", 0), told(chunk, "eval_count", 0),
                          cached_tokens=told(chunk, "prompt_eval_cached_count", 0)
                          if "prompt_eval_cached_count" in chunk else None)
@@ -1371,11 +1438,11 @@ def read_as(chat: Chat, events: Iterator[Event]) -> Iterator[Event]:
     if "tools" in chat.body:
         events = none_lost(events)
     if chat.decode:
-        events = decoded(events, chat.decode)
+        events = decoded(events, chat.decode, prefill(chat.body))
+    elif prefill(chat.body):
+        events = unrepeated(events, prefill(chat.body))
     if chat.one_call:
         events = first_call(events)
-    if prefill(chat.body):
-        events = unrepeated(events, prefill(chat.body))
     if chat.stop:
         events = until_stop(events, chat.stop, chat.prompt_tokens)
     return events
@@ -1639,8 +1706,9 @@ def document_block(block: JSON, path: str, history: History) -> Iterator[Part]:
 
 def search_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
     title, source = (required(block, f"{path}.{name}", str) for name in ("title", "source"))
-    texts = messages_parts(block, path + ".content", "tool", history)["content"]
-    yield "content", "\n\n".join([f"{title} ({source})", *texts])
+    parts = messages_parts(block, path + ".content", "tool", history)
+    yield "content", "\n\n".join([f"{title} ({source})", *parts["content"]])
+    yield from (("images", image) for image in parts["images"])
 
 
 def tool_use_block(block: JSON, path: str, history: History) -> Iterator[Part]:
@@ -1665,7 +1733,7 @@ def tool_reference_block(block: JSON, path: str, _history: History) -> Iterator[
 
 
 def mid_conv_system_block(block: JSON, path: str, history: History) -> Iterator[Part]:
-    parts = messages_parts(block, path + ".content", "tool", history)
+    parts = messages_parts(block, path + ".content", "system", history)
     return (("content", text) for text in parts["content"])
 
 
@@ -1710,11 +1778,13 @@ def messages_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
         tools = [tool for tool in tools if tool.name == name][:1]
     if kind == "any" and not tools:
         raise invalid("tool_choice.type", "is any, but no tool is offered")
+    schema, path = messages_format(body)
     if kind in ("any", "tool"):
         chat.ignored += ["thinking"] if chat.body["think"] else []
+        chat.ignored += [path] if schema is not None else []
         force_call(chat, tools)
     else:
-        offer_tools(chat, [] if kind == "none" else tools, *messages_format(body))
+        offer_tools(chat, [] if kind == "none" else tools, schema, path)
 
 
 def messages_format(body: JSON) -> Tuple[Optional[JSON], str]:
@@ -1733,7 +1803,9 @@ def messages_think(body: JSON, history: History) -> Union[bool, str]:
     thinking = optional(body, "thinking", dict) or {"type": "disabled"}
     kind = one_of(thinking, "thinking.type", ("enabled", "adaptive", "between_tools", "disabled"))
     config = optional(body, "output_config", dict) or {}
-    effort = config.get("effort") and one_of(config, "output_config.effort", EFFORT_LEVELS)
+    effort = config.get("effort")
+    if effort is not None:
+        effort = one_of(config, "output_config.effort", EFFORT_LEVELS)
     if kind == "disabled":
         history.ignored += ["output_config.effort"] if effort else []
         return False
@@ -2026,11 +2098,13 @@ def chat_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
     chat.one_call = (chat.function_call
                      or optional(body, "parallel_tool_calls", bool) is False)
     mode, chosen_tools = chat_chosen(body, tools)
+    schema, path = chat_format(body)
     if mode == "required":
         chat.ignored += ["reasoning_effort"] if chat.body.get("think") else []
+        chat.ignored += [path] if schema is not None else []
         force_call(chat, chosen_tools)
     else:
-        offer_tools(chat, [] if mode == "none" else chosen_tools, *chat_format(body))
+        offer_tools(chat, [] if mode == "none" else chosen_tools, schema, path)
 
 
 def chat_chosen(body: JSON, tools: List[Tool]) -> Tuple[str, List[Tool]]:
@@ -2072,7 +2146,7 @@ def chat_format(body: JSON) -> Tuple[Optional[JSON], str]:
         path = "response_format.json_schema"
         return required(required(wanted, path, dict), path + ".schema", dict), path + ".schema"
     if kind == "json_object" or body.get("format") == "json":
-        return {"type": "object"}, ""
+        return {"type": "object"}, "response_format" if kind == "json_object" else "format"
     return optional(body, "format", dict), "format"
 
 
@@ -2996,7 +3070,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 
 
 def sample(schema: JSON, definitions: JSON, level: int = 0) -> Any:
-    """The smallest value that a schema for `format` allows; of one without end, a beginning."""
+    """A small value of a schema's kind; of one without end, a beginning. Bounds are not kept."""
     if "$ref" in schema and level < 4:
         return sample(definitions[schema["$ref"].rpartition("/")[2]], definitions, level + 1)
     if "anyOf" in schema:
@@ -3005,7 +3079,7 @@ def sample(schema: JSON, definitions: JSON, level: int = 0) -> Any:
         return schema.get("const", schema.get("enum", [None])[0])
     if "properties" in schema:
         return {name: sample(schema["properties"][name], definitions, level + 1)
-                for name in schema.get("required", ())}
+                for name in schema.get("required", ()) if name in schema["properties"]}
     values = {"object": {}, "array": [], "string": "demo", "boolean": True, "null": None}
     return values.get(list_of(schema.get("type", "object"))[0], max(0, schema.get("minimum", 0)))
 

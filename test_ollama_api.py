@@ -1781,7 +1781,10 @@ BAD_BODIES = [
     (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens: must be at least 1"),
     (CHAT, {"messages": USER, "n": 2}, "n: must be 1"),
     (CHAT, {"messages": USER, "stop": 5}, "stop: must be a list, not an integer"),
-    (CHAT, {"messages": USER, "stop": ["a", ""]}, "stop.1: must not be empty"),
+    (CHAT, {"messages": USER, "stop": ["a", ""]}, "stop.1: must have from 1 to 1000 characters"),
+    (CHAT, {"messages": USER, "stop": ["x" * 1001]}, "stop.0: must have from 1 to 1000 characters"),
+    (CHAT, {"messages": USER, "stop": ["x"] * 65}, "stop: must not be more than 64"),
+    (CHAT, {"messages": USER, "temperature": 10**400}, "temperature: is too large a number"),
     (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort: must be one of "),
     (CHAT, {"messages": USER, "reasoning": {"effort": 1}}, "reasoning.effort: must be a string"),
     *((CHAT, {"messages": USER + [message]}, "messages.1." + words) for message, words in (
@@ -1897,6 +1900,8 @@ BAD_BODIES = [
          "source.data: is not base64: "),
         ({"type": "image", "source": {"type": "base64", "data": "data:image/png;base64,AAAA"}},
          "source.data: is not base64: "),
+        ({"type": "image", "source": {"type": "base64", "data": ""}},
+         "source.data: must not be empty"),
         ({"type": "document", "source": {"type": "file", "file_id": "f"}},
          'source.type: must be text or content or base64, not "file"'),
         ({"type": "document", "source": {"type": "content", "content": 5}},
@@ -1951,6 +1956,10 @@ BAD_BODIES = [
     (MESSAGES, {"messages": USER, "thinking": {"type": "deep"}}, "thinking.type: must be one of "),
     (MESSAGES, {"messages": USER, "thinking": {"type": "adaptive"},
                 "output_config": {"effort": "some"}}, "output_config.effort: must be one of "),
+    (MESSAGES, {"messages": USER, "output_config": {"effort": 0}},
+     "output_config.effort: must be a string"),
+    (MESSAGES, {"messages": USER, "tools": [{"name": "a"}], "tool_choice": {"type": "any"},
+                "output_format": {"type": "xml"}}, "output_format.type: must be one of"),
     (MESSAGES, {"messages": USER, "top_k": None, "stream": 1}, "stream: must be true or false"),
     (CHAT, b"{nope", "The body is not JSON: Expecting property name"),
     (CHAT, b"", "The body is not JSON: Expecting value"),
@@ -2181,6 +2190,7 @@ class Tables(ServerCase):
                  [Text("x"), Text("z"), call, Finish("tool_calls", 7, 6)]),
                 ([line(calls(("a", {"b": 1}), ("a", {"b": 1}))), done("length")],
                  [call, call, Finish("length", 7, 6)]),
+                ([line(calls(("a", {}))), done("odd")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)]),
                 ([line(calls(("a", None))), done("")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)])):
             self.assertEqual(list(ollama_api.events_of(iter(chunks))), wanted)
         events = ollama_api.events_of(iter([content("x"), line(calls(("a", {}))), content("y")]))
@@ -2193,10 +2203,21 @@ class Tables(ServerCase):
         for tools, said, reason, tokens, status in (
                 (one, [], "stop", 6, 502), (one, thought + blank, "stop", 20, 502),
                 (one, [], "stop", 1, 200), (one, thought, "length", 4, 200),
+                (one, [{**content(""), "logprobs": [{"token": "a"}]}], "stop", 20, 502),
                 (one, blank + [content("Hi")], "stop", 6, 200), ([], thought, "stop", 6, 200)):
             self.ollama.queue(Script([*said, done(reason, 7, tokens)]))
             reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": tools})
             self.assertEqual(reply.status, status)
+
+    def test_an_image_in_a_search_result_is_seen(self) -> None:
+        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        self.ollama.queue(Script([{"capabilities": ["vision"]}]), Script())
+        self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
+            {"type": "search_result", "title": "T", "source": "s", "content": [image]}]}]})
+        self.assertEqual(self.ollama.asked[1][1]["messages"][0]["images"], ["AAAA"])
+        reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
+            {"type": "mid_conv_system", "content": [image]}]}]})
+        self.assertEqual(reply.status, 400)
 
     def test_who_is_asked_whether_it_can_see(self) -> None:
         image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
@@ -2361,6 +2382,12 @@ SCHEMAS: List[Any] = [
      ["s.maxItems", "s.minItems"]),
     ({"type": "array", "items": {}, "minItems": -1}, {"type": "array", "items": {}},
      ["s.minItems"]),
+    ({"type": "array", "items": {}, "minItems": 1, "maxItems": 100},
+     {"type": "array", "items": {}, "minItems": 1}, ["s.maxItems"]),
+    ({"type": "integer", "minimum": 1, "maximum": 2**53 - 1}, {"type": "integer", "minimum": 1},
+     ["s.maximum"]),
+    ({"type": "integer", "minimum": True, "maximum": 1}, {"type": "integer", "maximum": 1},
+     ["s.minimum"]),
     ({"type": "integer", "minimum": 3, "maximum": 2}, {"type": "integer"},
      ["s.maximum", "s.minimum"]),
     ({"type": "integer", "minimum": -10**30, "maximum": 10**30}, {"type": "integer"},
@@ -2402,6 +2429,15 @@ SCHEMAS: List[Any] = [
     (prop({"allOf": [{"$ref": "#/definitions/Colour"}], "default": "red", "type": "string"},
           definitions={"Colour": {"enum": ["red"]}}),
      prop({"$ref": "#/$defs/Colour"}, **{"$defs": {"Colour": {"enum": ["red"]}}}), []),
+    ({"type": "object", "allOf": [{"$ref": "#/$defs/b"}], "properties": {"a": {}}, "required": ["a"],
+      "$defs": {"b": prop({"type": "null"})}},
+     {"type": "object", "allOf": [{"properties": {"a": {}}, "required": ["a"]}, {"$ref": "#/$defs/b"}],
+      "$defs": {"b": prop({"type": "null"})}}, []),
+    ({"allOf": [{"type": "string"}, {"minLength": 1}]}, {"type": "string"}, ["s.allOf.1.minLength"]),
+    ({"allOf": [{"description": "x"}, True]}, ANY, []),
+    ({"type": "string", "enum": None, "required": None, "const": None},
+     {"type": "string", "const": None}, []),
+    ({"properties": {}, "anyOf": [{"type": "null"}]}, {"anyOf": [{"type": "null"}]}, ["s.properties"]),
     ({"type": "array", "items": [{"type": "string"}], "additionalItems": False},
      {"type": "array", "prefixItems": [{"type": "string"}]}, ["s.additionalItems"]),
     ({"type": "array", "prefixItems": [{}], "items": False},
@@ -2464,6 +2500,29 @@ class Schemas(unittest.TestCase):
         schema = {"$ref": "#/$defs/0", "$defs": {**chain, "998": {}}}
         self.assertEqual(len(ollama_api.grammar_schema(schema, "s")[0]["$defs"]), 999)
 
+    def test_a_chain_of_bare_references_takes_no_time(self) -> None:
+        chain = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(990)}
+        started = time.process_time()
+        ollama_api.grammar_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a990": {}}}, "s")
+        self.assertLess(time.process_time() - started, 1)
+
+    def test_what_is_referred_to_often_does_not_make_much_of_little(self) -> None:
+        names = ["".join(f"%{ord(letter):02x}" if n >> bit & 1 else letter
+                         for bit, letter in enumerate("abcdefghij")) for n in range(900)]
+        many = {f"p{n}": {"$ref": "#/$defs/" + name} for n, name in enumerate(names)}
+        big = {"abcdefghij": {"enum": ["x" * 50000]}}
+        schema = {"properties": many, "$defs": big}
+        found, _ = ollama_api.grammar_schema(schema, "s")
+        self.assertLess(len(json.dumps(found)), 2 * len(json.dumps(schema)))
+        found = ollama_api.tool_schema(schema)
+        self.assertLess(len(json.dumps(found)), 10 * len(json.dumps(schema)))
+        inner: Any = {"enum": ["x" * 50000]}
+        for _ in range(50):
+            inner = prop(inner)
+        pointers = {f"p{n}": {"$ref": "#" + "/properties/a" * n} for n in range(1, 50)}
+        with self.assertRaisesRegex(ollama_api.APIError, "too large with all that it refers to"):
+            ollama_api.grammar_schema({"properties": {**pointers, **inner["properties"]}}, "s")
+
     def test_a_huge_name_is_not_repeated_for_all_that_stands_below_it(self) -> None:
         many = {str(n): {"pattern": "x"} for n in range(2000)}
         started = time.process_time()
@@ -2493,6 +2552,11 @@ TOOL_SCHEMAS: List[Any] = [
     (prop({"allOf": [{"$ref": "#/definitions/x"}]}, definitions={"x": {"enum": ["y"]}}),
      prop({"enum": ["y"]})),
     (prop({"$ref": "#/$defs/none"}), prop({})), (prop({"$ref": "https://a"}), prop({})),
+    ({**prop({}, required=["a"]), "allOf": [{"$ref": "#/$defs/b"}, {"properties": {"c": {}}}],
+      "$defs": {"b": {"properties": {"b": {}}, "required": ["b", "a"]}}},
+     {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"]}),
+    (prop({"$ref": "#/$defs/b", "properties": {"z": {}}}, **{"$defs": {"b": {"properties": {"b": {}}}}}),
+     prop({"properties": {"b": {}, "z": {}}})),
     (prop({"$ref": "#"}), prop(prop({}))),
     ({"properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}, "type": "object"},
      {"type": "object", "properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}}),
@@ -2511,7 +2575,7 @@ class ToolSchemas(unittest.TestCase):
                                           "b": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(50)}
         for schema in ({"$defs": twice, **twice["d0"]}, nested(90)):
             found = json.dumps(ollama_api.tool_schema(prop(schema, **{"$defs": twice})))
-            self.assertLess(len(found), 100 * ollama_api.SCHEMA_PARTS)
+            self.assertLess(len(found), 20 * len(json.dumps([schema, twice])))
 
 
 class ForcedCalls(ServerCase):
@@ -2556,6 +2620,15 @@ class ForcedCalls(ServerCase):
             self.assertNotIn("text_delta", reply.text)
             self.assertIn('"stop_reason": "tool_use"', reply.text)
 
+    def test_a_prefill_does_not_come_between(self) -> None:
+        for said, text in (("Sure: ", 'Sure: {"a": "x"}'), ("{", '{{"a": "x"}'), ("{", '{"a": "x"}')):
+            self.ollama.forever = None
+            self.ollama.queue(Script([content(text), done()]))
+            reply = self.ask("POST", MESSAGES, {
+                "messages": [*USER, {"role": "assistant", "content": said}], "tools": self.TOOLS,
+                "tool_choice": {"type": "tool", "name": "pick"}})
+            self.assertEqual(reply.json["content"][0]["input"], {"a": "x"})
+
     def test_openais_required_and_named_tools_hold_too(self) -> None:
         tools = [{"type": "function", "function": {"name": tool["name"], "parameters":
                                                    tool["input_schema"]}} for tool in self.TOOLS]
@@ -2574,7 +2647,9 @@ class ForcedCalls(ServerCase):
         self.assertEqual(reply.json["choices"][0]["message"]["content"], "The sky is blue.")
 
     def test_a_model_that_does_not_obey_is_an_error_and_not_an_answer(self) -> None:
-        for text in ("I would rather talk.", "[1]", "5", "", '{"name": 5, "parameters": {}}'):
+        for text in ("I would rather talk.", "[1]", "5", "", '{"name": 5, "parameters": {}}',
+                     '{"name": "now", "parameters": {"x": 1e999}}', '{"name": "zzz", "parameters": {}}',
+                     '{"name": "now", "parameters": {"x": "\\ud800"}}', '{"answer": 1}'):
             self.ollama.forever = None
             self.ollama.queue(Script([content(text), done()]))
             reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
@@ -2901,6 +2976,11 @@ class HTTP(ServerCase):
                  "thinking, tools.0.input_schema.properties.a.maxLength"),
                 (MESSAGES, {"output_format": {"type": "json_schema", "schema": {"not": {}}}},
                  "output_format.schema.not"),
+                (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}},
+                            "tools": [{"name": "a"}], "tool_choice": {"type": "any"}},
+                 "output_format.schema"),
+                (CHAT, {"response_format": {"type": "json_object"}, "tool_choice": "required",
+                        "tools": [{"function": {"name": "a"}}]}, "response_format"),
                 (MESSAGES, {"system": "Hi"}, None)):
             self.ollama.queue(Script([content("{}"), done()]))
             reply = self.ask("POST", path, {"messages": USER, **body})
@@ -2993,7 +3073,7 @@ class OverTime(ServerCase):
             yield done()
         self.ollama.queue(Script(busy()))
         with self.open("POST", MESSAGES, {"messages": USER, "stream": True,
-                                          "stop_sequences": ["x" * 10000]}) as stream:
+                                          "stop_sequences": ["x" * 1000]}) as stream:
             self.assertNotIn(b"xx", stream.until(b'{"type": "ping"}\n\nevent: ping'))
             enough.set()
             self.assertIn(b"xx", stream.until(b"message_stop"))
@@ -3174,7 +3254,7 @@ class Process(unittest.TestCase):
 
     def test_the_demo_calls_tools_and_keeps_to_schemas(self) -> None:
         _, _, port = self.start("--demo")
-        tools = [{"name": "look", "input_schema": prop({"$ref": "#/$defs/at"}, required=["a"], **{
+        tools = [{"name": "look", "input_schema": prop({"$ref": "#/$defs/at"}, required=["a", "b"], **{
             "$defs": {"at": prop({"$ref": "#/$defs/at"}, required=["a"])}})}, {"name": "now"}]
 
         def first_block(**more: Any) -> Any:
