@@ -734,7 +734,7 @@ class SchemaReducer:
         shapes = [word for word in SCHEMA_SHAPES if word in schema]
         shape = next((word for word in shapes if schema[word] != {}), "".join(shapes[:1]))
         beside = {"properties": "allOf"}.get(shape)
-        self.spend(at, sum(map(len, schema)))
+        self.spend(at, 20 + sum(map(len, schema)))
         kept: JSON = {}
         for word in schema:
             rival = word in shapes and word not in (shape, beside)
@@ -920,6 +920,7 @@ def narrowed(schema: Any, root: Any, budget: List[int], within: Tuple[str, ...])
         return narrowed(part, root, budget, (*within, step))
 
     kept: JSON = {}
+    budget[0] -= 20                          # a part costs time as well
     for word, value in schema.items() if isinstance(schema, dict) else ():
         budget[0] -= len(word)
         if budget[0] < 0 or len(within) > SCHEMA_LEVELS:
