@@ -731,6 +731,7 @@ class SchemaReducer:
             raise invalid(at.path, f"is nested deeper than {SCHEMA_LEVELS} levels")
         schema = {word: value for word, value in schema.items()
                   if value is not None or word == "const"}
+        at = at._replace(schema=schema)
         shapes = [word for word in SCHEMA_SHAPES if word in schema]
         shape = next((word for word in shapes if schema[word] != {}), "".join(shapes[:1]))
         beside = {"properties": "allOf"}.get(shape)
@@ -745,6 +746,9 @@ class SchemaReducer:
         if "properties" in kept and "allOf" in kept:     # Ollama would look at the first alone
             own = {word: kept.pop(word) for word in ("properties", "required") if word in kept}
             kept["allOf"] = [own, *kept["allOf"]]
+        if "allOf" in kept and "additionalProperties" in kept:     # and at this before allOf
+            del kept["additionalProperties"]
+            self.leave_out(f"{at.path}.additionalProperties")
         return {"$ref": kept["$ref"]} if "$ref" in kept else kept
 
     def leave_out(self, path: str) -> JSON:
