@@ -29,6 +29,7 @@ Contents of this file, from top to bottom
     Schemas and tools              what Ollama can bear of a client's JSON schemas
     Ollama                         the upstream, and how to wait for it
     Anthropic Messages             a dialect
+    OpenAI's words                 what the next three have in common
     OpenAI Chat Completions        a dialect
     Completions and Embeddings     OpenAI's smaller endpoints
     Models and health              what is installed, and whether it answers
@@ -1919,6 +1920,117 @@ def count_tokens(ollama: Ollama, request: Request) -> Answer:
     return Answer({"input_tokens": ollama.rates.tokens(chat.body)}, ignored=chat.ignored)
 
 
+# ---- OpenAI's words ------------------------------------------------------------------------------
+# What the dialects of OpenAI have in common: roles, parts of content, tools, reasoning, errors.
+# Reasoning and Ollama's own settings are taken under every name that is in use for them.
+
+OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+              "tool": "tool", "function": "tool"}
+REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
+    "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+    "xhigh": "max", "ultra": "max", "max": "max"}
+OpenAIParts = Dict[str, Tuple[Sequence[str], Callable[[JSON, str], Part]]]
+
+
+def openai_content(owner: JSON, path: str, role: str, kinds: OpenAIParts) -> OllamaMessage:
+    """A message of a content that is a string or a list of parts. `kinds` has, for each kind of
+    part, the roles in whose content it may stand, and its reader."""
+    fitting_kinds = [kind for kind, (roles, _) in kinds.items() if role in roles]
+    parts: Dict[str, List[str]] = {"content": [], "images": []}
+    for place, part in blocks_of(owner, path):
+        key, text = kinds[one_of(part, place + ".type", fitting_kinds)][1](part, place)
+        parts[key].append(text)
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
+    if parts["images"]:
+        message["images"] = parts["images"]
+    return message
+
+
+def text_part(part: JSON, path: str) -> Part:
+    return "content", required(part, path + ".text", str)
+
+
+def refusal_part(part: JSON, path: str) -> Part:
+    return "content", required(part, path + ".refusal", str)
+
+
+def image_part(part: JSON, path: str) -> Part:
+    """An image_url: an object with a data URL, or as some clients have it, the URL alone."""
+    place = path + ".image_url"
+    if not isinstance(part.get("image_url"), str):
+        part, place = required(part, place, dict), place + ".url"
+    return "images", data_url(required(part, place, str), place)
+
+
+def openai_earlier_call(function: JSON, path: str, history: History, id: str = "") -> JSON:
+    """An earlier call. The older function_call has no id, so its name stands in for it."""
+    name = required(function, path + ".name", str)
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = strict_json(arguments.encode(), Config.json_depth)
+        except ValueError as error:
+            raise invalid(path + ".arguments", f"is not JSON: {error}") from error
+    return history.call(id or name, name, checked(arguments, path + ".arguments", dict))
+
+
+def openai_tool(function: JSON, path: str) -> Tool:
+    name = required(function, path + ".name", str)
+    if not name:
+        raise invalid(path + ".name", "must not be empty")
+    return Tool(name, optional(function, path + ".description", str) or "",
+                optional(function, path + ".parameters", dict) or {}, path + ".parameters")
+
+
+def openai_choice(chat: Chat, mode: str, tools: List[Tool], schema: Optional[JSON],
+                  path: str) -> None:
+    """Offer tools as tool_choice says, or bind the answer to a call or a schema."""
+    if mode == "required":
+        chat.ignored += ["reasoning_effort"] if chat.body.get("think") else []
+        chat.ignored += [path] if schema is not None else []
+        force_call(chat, tools)
+    else:
+        offer_tools(chat, [] if mode == "none" else tools, schema, path)
+
+
+def openai_extras(body: JSON, chat: Chat) -> None:
+    """Ollama's own settings that are not options."""
+    keep_alive, think = ollama_keep_alive(body), openai_think(body)
+    if keep_alive is not None:
+        chat.body["keep_alive"] = keep_alive
+    if think is not None:
+        chat.body["think"] = think
+
+
+def openai_think(body: JSON) -> Union[None, bool, str]:
+    """How much to think, by the first name that says so; None leaves it to Ollama."""
+    reasoning = optional(body, "reasoning", dict) or {}
+    for owner, path in ((body, "reasoning_effort"), (reasoning, "reasoning.effort")):
+        if owner.get(path.rpartition(".")[2]) is not None:
+            return REASONING_EFFORTS[one_of(owner, path, REASONING_EFFORTS)]
+    if isinstance(body.get("think"), str):
+        return one_of(body, "think", ("low", "medium", "high", "max"))
+    think = optional(body, "think", bool)
+    template = optional(body, "chat_template_kwargs", dict) or {}      # as for vLLM
+    enabled = optional(template, "chat_template_kwargs.enable_thinking", bool)
+    return enabled if think is None else think
+
+
+OPENAI_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+               429: "rate_limit_error"}
+
+
+def openai_error(error: APIError, _request_id: str) -> JSON:
+    """An error object, as all OpenAI endpoints have it; as a frame it ends a stream that fails."""
+    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
+    message = error.message
+    if isinstance(error, PromptTooLong):
+        message = (f"This model's maximum context length is {error.context} tokens. "
+                   f"However, your messages resulted in {error.prompt_tokens} tokens.")
+    return {"error": {"message": message, "type": OPENAI_ERRORS.get(error.status, otherwise),
+                      "param": error.param, "code": error.code}}
+
+
 # ---- OpenAI Chat Completions ---------------------------------------------------------------------
 # POST /v1/chat/completions as OpenAI documents it, for the openai SDKs and all that is built on
 # them; for people with curl `system` at the top level, and a stream unless "stream" is false.
@@ -1941,11 +2053,6 @@ CHAT_FIELDS = {
     "logprobs", "top_logprobs", "reasoning_effort", "reasoning.effort",
     "chat_template_kwargs.enable_thinking", "options", "keep_alive", "think", "format",
     *CHAT_OPTIONS}
-CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
-              "tool": "tool", "function": "tool"}
-REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
-    "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
-    "xhigh": "max", "ultra": "max", "max": "max"}
 FINISH_REASONS = {"stop_sequence": "stop"}
 CHAT_PING = b": ping\n\n"
 CHAT_DONE = b"data: [DONE]\n\n"
@@ -1958,14 +2065,12 @@ def chat_request(body: JSON) -> Chat:
              for path, turn in items(required(body, "messages", list), "messages", dict)]
     if not turns:
         raise invalid("messages", "must not be empty")
-    system = "\n\n".join(chat_parts(body, "system", "system")["content"])
+    system = openai_content(body, "system", "system", CHAT_PARTS)["content"]
     early: List[OllamaMessage] = [{"role": "system", "content": system}] if system else []
     chat = chat_settings(body, {"messages": system_first(early + turns)})
     chat.ignored += unread(body, CHAT_FIELDS)
     chat.body.update(chat_logprobs(body))
-    think = chat_think(body)
-    if think is not None:
-        chat.body["think"] = think
+    openai_extras(body, chat)
     chat_choice(body, chat, chat_tools(body))
     return chat
 
@@ -1976,59 +2081,26 @@ def chat_settings(body: JSON, asked: OllamaChat) -> Chat:
         raise invalid("n", "must be 1: Ollama gives one answer at a time")
     stream_options = optional(body, "stream_options", dict) or {}
     options, stop = ollama_options(body, CHAT_OPTIONS)
-    chat = Chat({"model": required(body, "model", str), **asked, "options": options},
+    return Chat({"model": required(body, "model", str), **asked, "options": options},
                 stream=optional(body, "stream", bool), stop=chat_stop(body) + stop,
                 include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)))
-    keep_alive = ollama_keep_alive(body)
-    if keep_alive is not None:
-        chat.body["keep_alive"] = keep_alive
-    return chat
 
 
 def chat_turn(turn: JSON, path: str, history: History) -> OllamaMessage:
     """One of `messages`."""
-    role = CHAT_ROLES[one_of(turn, path + ".role", CHAT_ROLES)]
+    role = OPENAI_ROLES[one_of(turn, path + ".role", OPENAI_ROLES)]
     if turn.get("content") is None and role not in ("assistant", "tool"):
         raise invalid(path + ".content", "is required")
-    parts = chat_parts(turn, path + ".content", role)
-    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
+    message = openai_content(turn, path + ".content", role, CHAT_PARTS)
     if role == "assistant":
         message.update(chat_said(turn, path, history))
     if role == "tool":
         message["content"] = message["content"] or NO_TEXT
         message.update(chat_result(turn, path, history))
-    if parts["images"]:
-        message["images"] = parts["images"]
     return message
 
 
-def chat_parts(owner: JSON, path: str, role: str) -> Dict[str, List[str]]:
-    """The texts and images of a content that is a string or a list of parts."""
-    kinds = [kind for kind, (roles, _) in CHAT_PARTS.items() if role in roles]
-    parts: Dict[str, List[str]] = {"content": [], "images": []}
-    for place, part in blocks_of(owner, path):
-        key, text = CHAT_PARTS[one_of(part, place + ".type", kinds)][1](part, place)
-        parts[key].append(text)
-    return parts
-
-
-def text_part(part: JSON, path: str) -> Part:
-    return "content", required(part, path + ".text", str)
-
-
-def refusal_part(part: JSON, path: str) -> Part:
-    return "content", required(part, path + ".refusal", str)
-
-
-def image_part(part: JSON, path: str) -> Part:
-    """An image_url: an object with a data URL, or as some clients have it, the URL alone."""
-    place = path + ".image_url"
-    if not isinstance(part.get("image_url"), str):
-        part, place = required(part, place, dict), place + ".url"
-    return "images", data_url(required(part, place, str), place)
-
-
-CHAT_PARTS: Dict[str, Tuple[Sequence[str], Callable[[JSON, str], Part]]] = {
+CHAT_PARTS: OpenAIParts = {
     "text": (("system", "user", "assistant", "tool"), text_part),
     "refusal": (("assistant",), refusal_part),
     "image_url": (("user", "tool"), image_part)}
@@ -2045,26 +2117,14 @@ def chat_said(turn: JSON, path: str, history: History) -> OllamaMessage:
     for place, call in items(optional(turn, path + ".tool_calls", list) or [],
                              path + ".tool_calls", dict):
         function = required(call, place + ".function", dict)
-        calls.append(chat_earlier_call(function, place + ".function", history,
+        calls.append(openai_earlier_call(function, place + ".function", history,
                                  required(call, place + ".id", str)))
     legacy = optional(turn, path + ".function_call", dict)
     if legacy:
-        calls.append(chat_earlier_call(legacy, path + ".function_call", history))
+        calls.append(openai_earlier_call(legacy, path + ".function_call", history))
     if calls:
         said["tool_calls"] = calls
     return said
-
-
-def chat_earlier_call(function: JSON, path: str, history: History, id: str = "") -> JSON:
-    """An earlier call. The older function_call has no id, so its name stands in for it."""
-    name = required(function, path + ".name", str)
-    arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
-        try:
-            arguments = strict_json(arguments.encode(), Config.json_depth)
-        except ValueError as error:
-            raise invalid(path + ".arguments", f"is not JSON: {error}") from error
-    return history.call(id or name, name, checked(arguments, path + ".arguments", dict))
 
 
 def chat_result(turn: JSON, path: str, history: History) -> OllamaMessage:
@@ -2079,22 +2139,14 @@ def chat_result(turn: JSON, path: str, history: History) -> OllamaMessage:
 
 def chat_tools(body: JSON) -> List[Tool]:
     """The tools on offer; `functions` is their older form."""
-    tools = [chat_tool(function, path)
+    tools = [openai_tool(function, path)
              for path, function in items(optional(body, "functions", list) or [],
                                          "functions", dict)]
     for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
         if optional(tool, path + ".type", str) not in (None, "function"):
             raise invalid(path + ".type", f"must be function, not {dumps(tool['type'])}")
-        tools.append(chat_tool(required(tool, path + ".function", dict), path + ".function"))
+        tools.append(openai_tool(required(tool, path + ".function", dict), path + ".function"))
     return tools
-
-
-def chat_tool(function: JSON, path: str) -> Tool:
-    name = required(function, path + ".name", str)
-    if not name:
-        raise invalid(path + ".name", "must not be empty")
-    return Tool(name, optional(function, path + ".description", str) or "",
-                optional(function, path + ".parameters", dict) or {}, path + ".parameters")
 
 
 def chat_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
@@ -2102,14 +2154,7 @@ def chat_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
     chat.function_call = body.get("functions") is not None
     chat.one_call = (chat.function_call
                      or optional(body, "parallel_tool_calls", bool) is False)
-    mode, chosen_tools = chat_chosen(body, tools)
-    schema, path = chat_format(body)
-    if mode == "required":
-        chat.ignored += ["reasoning_effort"] if chat.body.get("think") else []
-        chat.ignored += [path] if schema is not None else []
-        force_call(chat, chosen_tools)
-    else:
-        offer_tools(chat, [] if mode == "none" else chosen_tools, schema, path)
+    openai_choice(chat, *chat_chosen(body, tools), *chat_format(body))
 
 
 def chat_chosen(body: JSON, tools: List[Tool]) -> Tuple[str, List[Tool]]:
@@ -2160,20 +2205,6 @@ def chat_stop(body: JSON) -> List[str]:
     if isinstance(stop, str):
         return stop_texts([stop], "stop")
     return stop_texts(optional(body, "stop", list) or [], "stop")
-
-
-def chat_think(body: JSON) -> Union[None, bool, str]:
-    """How much to think, by the first name that says so; None leaves it to Ollama."""
-    reasoning = optional(body, "reasoning", dict) or {}
-    for owner, path in ((body, "reasoning_effort"), (reasoning, "reasoning.effort")):
-        if owner.get(path.rpartition(".")[2]) is not None:
-            return REASONING_EFFORTS[one_of(owner, path, REASONING_EFFORTS)]
-    if isinstance(body.get("think"), str):
-        return one_of(body, "think", ("low", "medium", "high", "max"))
-    think = optional(body, "think", bool)
-    template = optional(body, "chat_template_kwargs", dict) or {}      # as for vLLM
-    enabled = optional(template, "chat_template_kwargs.enable_thinking", bool)
-    return enabled if think is None else think
 
 
 def chat_logprobs(body: JSON) -> OllamaChat:
@@ -2265,21 +2296,6 @@ def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
     yield CHAT_DONE
 
 
-CHAT_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-               429: "rate_limit_error"}
-
-
-def chat_error(error: APIError, _request_id: str) -> JSON:
-    """An error object, as all OpenAI endpoints have it; as a frame it ends a stream that fails."""
-    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
-    message = error.message
-    if isinstance(error, PromptTooLong):
-        message = (f"This model's maximum context length is {error.context} tokens. "
-                   f"However, your messages resulted in {error.prompt_tokens} tokens.")
-    return {"error": {"message": message, "type": CHAT_ERRORS.get(error.status, otherwise),
-                      "param": error.param, "code": error.code}}
-
-
 def wants_stream(headers: Mapping[str, str], default: str) -> bool:
     """Whether a client that does not say so wants a stream.
 
@@ -2338,6 +2354,7 @@ def completions_request(body: JSON) -> Chat:
         asked["suffix"] = suffix
     chat = chat_settings(body, asked)
     chat.ignored += unread(body, COMPLETIONS_FIELDS)
+    openai_extras({"keep_alive": body.get("keep_alive")}, chat)
     return chat
 
 
@@ -2496,9 +2513,9 @@ class Route(NamedTuple):
 ROUTES = (
     Route("POST", "/v1/messages", messages, messages_error),
     Route("POST", "/v1/messages/count_tokens", count_tokens, messages_error),
-    Route("POST", "/v1/chat/completions", chat_completions, chat_error),
-    Route("POST", "/v1/completions", completions, chat_error),
-    Route("POST", "/v1/embeddings", embeddings, chat_error),
+    Route("POST", "/v1/chat/completions", chat_completions, openai_error),
+    Route("POST", "/v1/completions", completions, openai_error),
+    Route("POST", "/v1/embeddings", embeddings, openai_error),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id}", one_model),
     Route("GET", "/health", health),
@@ -2542,7 +2559,7 @@ def wording_for(request: Request) -> Wording:
         if route.error:
             return route.error
     anthropic = "anthropic-version" in request.headers or bare(request.path).startswith("/messages")
-    return messages_error if anthropic else chat_error
+    return messages_error if anthropic else openai_error
 
 
 # ---- HTTP server ---------------------------------------------------------------------------------
@@ -2745,7 +2762,7 @@ class Exchange:
         self.id = new_id("req_")
         self.began = self.quiet_since = time.monotonic()
         self.request = Request("-", "-", {}, version="1.0")   # until the head has been read
-        self.wording: Wording = chat_error
+        self.wording: Wording = openai_error
         self.unread = True                       # of the request, bytes are still on their way
         self.status = 0                          # 0 until the head of the reply is out
         self.pending: List[bytes] = []           # frames that have not been sent
