@@ -14,10 +14,13 @@ Endpoints
     POST /v1/messages/count_tokens an estimate of a prompt's length
     POST /v1/chat/completions      OpenAI Chat Completions; curl and requests get a stream unless
                                    they say "stream": false
+    POST /v1/responses             OpenAI Responses, for Codex
     POST /v1/completions           one text continued, or filled in
     POST /v1/embeddings            texts as vectors
     GET  /v1/models                what Ollama has installed, readable by both SDKs
     GET  /v1/models/{id}           one of them
+    GET  /api/version              Ollama's own, for `codex --oss`
+    GET  /api/tags                 the same
     GET  /health                   200 while Ollama answers, else 503
     GET  /                         what this is
 
@@ -32,6 +35,7 @@ Contents of this file, from top to bottom
     OpenAI's words                 what the next three have in common
     OpenAI Chat Completions        a dialect
     Completions and Embeddings     OpenAI's smaller endpoints
+    OpenAI Responses               a dialect
     Models and health              what is installed, and whether it answers
     Routes                         the product on one screen
     HTTP server                    bytes in, bytes out
@@ -76,8 +80,8 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
-                    Optional, Protocol, Sequence, Tuple, Type, TypedDict, TypeVar, Union)
+from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+                    NoReturn, Optional, Protocol, Sequence, Tuple, Type, TypedDict, TypeVar, Union)
 
 __version__ = "0.1.0"
 
@@ -222,6 +226,8 @@ class Chat:
     one_call: bool = False             # drop all tool calls but the first
     function_call: bool = False        # tell of it in OpenAI's older form
     include_usage: bool = False
+    kinds: Dict[str, JSON] = dataclasses.field(default_factory=dict)   # how calls of a tool begin
+    echo: JSON = dataclasses.field(default_factory=dict)    # what an answer repeats of the request
     prompt_tokens: int = 0             # an estimate, until Ollama tells
     ignored: List[str] = dataclasses.field(default_factory=list)    # fields without effect
 
@@ -1224,12 +1230,13 @@ class Ollama:
             yield event
 
     def answer(self, chat: Chat, reply: Callable[[Chat, Iterator[Event]], JSON],
-               stream: Callable[[Chat, Iterator[Event]], Iterator[bytes]], ping: bytes) -> Answer:
+               stream: Callable[[Chat, Iterator[Event]], Iterator[bytes]],
+               pings: Iterator[bytes]) -> Answer:
         """Ask, and have the dialect word the answer in the way that the client wants it."""
         events = self.chat(chat)
         chat.prompt_tokens = self.rates.tokens(chat.body)
         if chat.stream:
-            return Answer(stream(chat, events), pings=itertools.repeat(ping), ignored=chat.ignored)
+            return Answer(stream(chat, events), pings=pings, ignored=chat.ignored)
         return Answer(reply(chat, events), ignored=chat.ignored)
 
     def embed(self, body: JSON) -> JSON:
@@ -1597,7 +1604,7 @@ MESSAGES_FIELDS = {
     "output_format.type", "output_format.schema", *MESSAGES_OPTIONS}
 EFFORT_LEVELS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
 STOP_REASONS = {"length": "max_tokens", "stop_sequence": "stop_sequence", "tool_calls": "tool_use"}
-MESSAGES_PING = sse({"type": "ping"})
+MESSAGES_PINGS = itertools.repeat(sse({"type": "ping"}))
 
 
 def messages_request(body: JSON) -> Chat:
@@ -1910,7 +1917,7 @@ def messages_error(error: APIError, request_id: str) -> JSON:
 def messages(ollama: Ollama, request: Request) -> Answer:
     """POST /v1/messages"""
     return ollama.answer(messages_request(request.body), messages_reply, messages_stream,
-                         MESSAGES_PING)
+                         MESSAGES_PINGS)
 
 
 def count_tokens(ollama: Ollama, request: Request) -> Answer:
@@ -2054,7 +2061,7 @@ CHAT_FIELDS = {
     "chat_template_kwargs.enable_thinking", "options", "keep_alive", "think", "format",
     *CHAT_OPTIONS}
 FINISH_REASONS = {"stop_sequence": "stop"}
-CHAT_PING = b": ping\n\n"
+CHAT_PINGS = itertools.repeat(b": ping\n\n")
 CHAT_DONE = b"data: [DONE]\n\n"
 
 
@@ -2314,7 +2321,7 @@ def chat_completions(ollama: Ollama, request: Request) -> Answer:
     chat = chat_request(request.body)
     if chat.stream is None:
         chat.stream = wants_stream(request.headers, ollama.config.default_stream)
-    return ollama.answer(chat, chat_reply, chat_stream, CHAT_PING)
+    return ollama.answer(chat, chat_reply, chat_stream, CHAT_PINGS)
 
 
 # ---- Completions and Embeddings ------------------------------------------------------------------
@@ -2386,7 +2393,7 @@ def completions_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
 def completions(ollama: Ollama, request: Request) -> Answer:
     """POST /v1/completions"""
     return ollama.answer(completions_request(request.body), completions_reply, completions_stream,
-                         CHAT_PING)
+                         CHAT_PINGS)
 
 
 def embeddings(ollama: Ollama, request: Request) -> Answer:
@@ -2417,6 +2424,368 @@ def encoded(vector: Any, form: str) -> Union[str, List[float]]:
     except (TypeError, struct.error, OverflowError) as error:
         raise broken(f"an embedding that is no list of numbers: {error}") from error
     return base64.b64encode(packed).decode() if form == "base64" else vector
+
+
+# ---- OpenAI Responses ----------------------------------------------------------------------------
+# POST /v1/responses, for Codex and the newest interface of the openai SDKs; stateless, so the whole
+# conversation comes with each request. Frames are numbered, keep-alives among them: Codex to 0.169
+# ignores comments, and every failure but response.failed, so that a stream words its own here.
+# Items of an assistant in a row are one message to Ollama. A tool of a namespace is "space.name" to
+# the model, and comes back in two; a custom tool is a function with one text, and comes back as it.
+
+RESPONSES_OPTIONS = {
+    **OLLAMA_OPTIONS,
+    "max_output_tokens": Option("num_predict", int, at_least=1),
+    "temperature": Option("temperature", float),
+    "top_p": Option("top_p", float)}
+RESPONSES_FIELDS = {
+    "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
+    "text.format", "reasoning.effort", "previous_response_id", "conversation", "prompt",
+    "background", "options", "keep_alive", "think", *RESPONSES_OPTIONS}
+RESPONSES_ECHO: JSON = {                 # what is repeated of a request, or else said
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
+    "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
+    "text": {"format": {"type": "text"}}, "reasoning": None}
+
+
+def responses_request(body: JSON) -> Chat:
+    """A request for a response as a chat for Ollama."""
+    for field in ("previous_response_id", "conversation", "prompt"):
+        if body.get(field) is not None:
+            raise invalid(field, "is not known: nothing is kept here, send the whole conversation")
+    if optional(body, "background", bool):
+        raise invalid("background", "must be false: an answer comes at once, or as a stream")
+    history = History()
+    history.ignored += unread(body, RESPONSES_FIELDS)
+    tools, kinds = responses_tools(body, history)
+    instructions = optional(body, "instructions", str)
+    system: List[OllamaMessage] = []
+    if instructions:
+        system.append({"role": "system", "content": instructions})
+    options, stop = ollama_options(body, RESPONSES_OPTIONS)
+    chat = Chat({"model": required(body, "model", str), "options": options,
+                 "messages": system_first(system + responses_input(body, history))},
+                stream=bool(optional(body, "stream", bool)), stop=stop, ignored=history.ignored,
+                one_call=optional(body, "parallel_tool_calls", bool) is False, kinds=kinds,
+                echo={name: body[name] if body.get(name) is not None else otherwise
+                      for name, otherwise in RESPONSES_ECHO.items()})
+    openai_extras(body, chat)
+    responses_choice(body, chat, tools)
+    return chat
+
+
+def responses_input(body: JSON, history: History) -> List[OllamaMessage]:
+    """`input`, a text or a list of items, as messages."""
+    if isinstance(body.get("input"), str):
+        return [{"role": "user", "content": body["input"]}]
+    messages: List[OllamaMessage] = []
+    for path, item in items(required(body, "input", list), "input", dict):
+        kind = optional(item, path + ".type", str) or ("message" if "role" in item else None)
+        if kind is None:
+            raise invalid(path + ".type", "is required")
+        for message in RESPONSES_ITEMS.get(kind, dropped_item)(item, path, history):
+            if messages and messages[-1]["role"] == message["role"] == "assistant":
+                message = joined(messages.pop(), message)
+            messages.append(message)
+    if not messages:
+        raise invalid("input", "must not be empty")
+    return messages
+
+
+def joined(first: OllamaMessage, second: OllamaMessage) -> OllamaMessage:
+    """Two messages of the assistant as one."""
+    texts = [first["content"], second["content"]]
+    thoughts = [first.get("thinking", ""), second.get("thinking", "")]
+    calls = first.get("tool_calls", []) + second.get("tool_calls", [])
+    both: OllamaMessage = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
+    if any(thoughts):
+        both["thinking"] = "\n\n".join(filter(None, thoughts))
+    if calls:
+        both["tool_calls"] = calls
+    return both
+
+
+def message_item(item: JSON, path: str, _history: History) -> Iterator[OllamaMessage]:
+    role = OPENAI_ROLES[one_of(item, path + ".role", ("user", "assistant", "system", "developer"))]
+    if item.get("content") is None:
+        raise invalid(path + ".content", "is required")
+    yield openai_content(item, path + ".content", role, RESPONSES_PARTS)
+
+
+def call_item(item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
+    id = required(item, path + ".call_id", str)
+    name = spaced(optional(item, path + ".namespace", str), required(item, path + ".name", str))
+    if item.get("type") == "custom_tool_call":
+        item = {"arguments": {"input": required(item, path + ".input", str)}}
+    yield {"role": "assistant", "content": "", "tool_calls": [
+        openai_earlier_call({**item, "name": name}, path, history, id)]}
+
+
+def output_item(item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
+    place = path + ".call_id"
+    message = openai_content(item, path + ".output", "tool", RESPONSES_PARTS)
+    message["content"] = message["content"] or NO_TEXT
+    message.update(history.result(required(item, place, str), place))
+    yield message
+
+
+def reasoning_item(item: JSON, path: str, _history: History) -> Iterator[OllamaMessage]:
+    """Thoughts, which Codex sends back as they were; what is encrypted stays unread."""
+    texts = [required(part, place + ".text", str) for name in ("summary", "content")
+             for place, part in items(optional(item, f"{path}.{name}", list) or [],
+                                      f"{path}.{name}", dict)]
+    if texts:
+        yield {"role": "assistant", "content": "", "thinking": "\n\n".join(texts)}
+
+
+def tools_item(_item: JSON, _path: str, _history: History) -> Iterator[OllamaMessage]:
+    return iter(())                                            # read by responses_tools
+
+
+def dropped_item(_item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
+    history.ignored.append(path)
+    return iter(())
+
+
+RESPONSES_ITEMS: Dict[str, Callable[[JSON, str, History], Iterator[OllamaMessage]]] = {
+    "message": message_item, "reasoning": reasoning_item, "additional_tools": tools_item,
+    "function_call": call_item, "function_call_output": output_item,
+    "custom_tool_call": call_item, "custom_tool_call_output": output_item}
+RESPONSES_PARTS: OpenAIParts = {
+    "text": (("system", "user", "assistant", "tool"), text_part),       # what a string is read as
+    "input_text": (("system", "user", "assistant", "tool"), text_part),
+    "output_text": (("assistant", "user", "tool"), text_part),
+    "refusal": (("assistant",), refusal_part),
+    "input_image": (("user", "tool"), image_part)}
+
+
+def spaced(namespace: Optional[str], name: str) -> str:
+    """The name under which the model knows a tool of a namespace."""
+    return name if not namespace or name.startswith(namespace + ".") else f"{namespace}.{name}"
+
+
+def responses_tools(body: JSON, history: History) -> Tuple[List[Tool], Dict[str, JSON]]:
+    """The tools to offer, and what an item that calls one of them begins with, by its name."""
+    tools: List[Tool] = []
+    kinds: Dict[str, JSON] = {}
+
+    def read(values: List[Any], path: str, namespace: str = "") -> None:
+        for place, tool in items(values, path, dict):
+            kind = required(tool, place + ".type", str)
+            if kind == "namespace":
+                name = spaced(namespace, required(tool, place + ".name", str))
+                read(required(tool, place + ".tools", list), place + ".tools", name)
+            elif kind in ("function", "custom"):
+                found = custom_tool(tool, place) if kind == "custom" else openai_tool(tool, place)
+                name = spaced(namespace, found.name)
+                tools.append(found._replace(name=name))
+                kinds[name] = {"type": TOOL_ITEMS[kind], "name": found.name,
+                               **({"namespace": namespace} if namespace else {})}
+            else:                                              # hosted by OpenAI
+                history.ignored.append(place)
+
+    read(optional(body, "tools", list) or [], "tools")
+    for index, item in enumerate(list_of(body.get("input"))):
+        if isinstance(item, dict) and item.get("type") == "additional_tools":
+            path = f"input.{index}.tools"
+            read(required(item, path, list), path)
+    return tools, kinds
+
+
+TOOL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}
+
+
+def custom_tool(tool: JSON, path: str) -> Tool:
+    """A tool that takes a text; its grammar, if it has one, is left to the model to read."""
+    plain = openai_tool({**tool, "parameters": None}, path)
+    form = optional(tool, path + ".format", dict) or {}
+    notes = [plain.description, optional(form, path + ".format.definition", str) or ""]
+    return plain._replace(description="\n\n".join(filter(None, notes)),
+                          schema=object_schema(input={"type": "string"}))
+
+
+def responses_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
+    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
+    choice = body.get("tool_choice") or "auto"
+    by_name = {tool.name: tool for tool in tools}
+    by_name.update({chat.kinds[tool.name]["name"]: tool for tool in tools})
+    if isinstance(choice, str):
+        mode = one_of(body if choice != "auto" else {"tool_choice": choice}, "tool_choice",
+                      ("auto", "none", "required"))
+    elif one_of(checked(choice, "tool_choice", dict), "tool_choice.type",
+                ("function", "custom", "allowed_tools")) == "allowed_tools":
+        mode = one_of(choice, "tool_choice.mode", ("auto", "required"))
+        allowed = required(choice, "tool_choice.tools", list)
+        tools = [by_name[one_of(tool, path + ".name", by_name)]
+                 for path, tool in items(allowed, "tool_choice.tools", dict)]
+    else:
+        mode, tools = "required", [by_name[one_of(choice, "tool_choice.name", by_name)]]
+    if mode == "required" and not tools:
+        raise invalid("tool_choice", "is required, but no tool is offered")
+    openai_choice(chat, mode, tools, *responses_format(body))
+
+
+def responses_format(body: JSON) -> Tuple[Optional[JSON], str]:
+    wanted = optional(optional(body, "text", dict) or {}, "text.format", dict) or {"type": "text"}
+    kind = one_of(wanted, "text.format.type", ("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        return required(wanted, "text.format.schema", dict), "text.format.schema"
+    return ({"type": "object"} if kind == "json_object" else None), ""
+
+
+def responses_usage(finish: Finish) -> JSON:
+    return {"input_tokens": finish.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": finish.cached_tokens or 0,
+                                     "cache_write_tokens": 0},
+            "output_tokens": finish.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": finish.prompt_tokens + finish.completion_tokens}
+
+
+def responses_object(chat: Chat) -> JSON:
+    """A response that has only begun."""
+    return {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()),
+            "status": "in_progress", "model": chat.body["model"], "output": [], "error": None,
+            "incomplete_details": None, "usage": None, "store": False, **chat.echo}
+
+
+def responses_end(output: List[JSON], finish: Finish) -> JSON:
+    """What a response has at its end: of the length that was allowed, it is incomplete."""
+    cut = finish.reason == "length"
+    return {"status": "incomplete" if cut else "completed", "output": output,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "usage": responses_usage(finish)}
+
+
+def responses_item(chat: Chat, kind: type, parts: List[Any], id: str = "") -> JSON:
+    """An item of the output, of all its parts."""
+    if kind is ToolCall:
+        return responses_call(chat, parts[0])
+    text = "".join(part.text for part in parts)
+    if kind is Thinking:
+        return {"id": id or new_id("rs_"), "type": "reasoning",
+                "summary": [{"type": "summary_text", "text": text}]}
+    return {"id": id or new_id("msg_"), "type": "message", "status": "completed",
+            "role": "assistant", "content": [responses_part(text)]}
+
+
+def responses_part(text: str) -> JSON:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def responses_call(chat: Chat, call: ToolCall) -> JSON:
+    kind = chat.kinds.get(call.name, {"type": "function_call", "name": call.name})
+    item = {"id": new_id("fc_"), **kind, "call_id": new_id("call_"), "status": "completed"}
+    if kind["type"] == "function_call":
+        return {**item, "arguments": dumps(call.arguments)}
+    text = call.arguments.get("input")
+    return {**item, "id": new_id("ctc_"),
+            "input": text if isinstance(text, str) else dumps(call.arguments)}
+
+
+def responses_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    """The response object for a client that does not stream."""
+    parts, finish = collected(events)
+    output = [responses_item(chat, kind, list(run)) for kind, run in runs_of(parts)]
+    return {**responses_object(chat), **responses_end(output, finish)}
+
+
+class ResponseStream:
+    """The frames of one streamed response, which are numbered throughout."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.number = 0
+        self.response = responses_object(chat)
+
+    def frame(self, kind: str, **fields: Any) -> bytes:
+        data = {"type": "response." + kind, "sequence_number": self.number, **fields}
+        self.number += 1
+        return sse(data)
+
+    def opening(self) -> bytes:
+        created = self.frame("created", response=self.response) if not self.number else b""
+        return created + self.frame("in_progress", response=self.response)
+
+    def pings(self) -> Iterator[bytes]:
+        while True:
+            yield self.opening()
+
+    def frames(self, events: Iterator[Event]) -> Iterator[bytes]:
+        """All of them. Once one is out, also a ping, a failure is a frame as well."""
+        try:
+            events = begun(events)
+            if not self.number:
+                yield self.opening()
+            yield from self.items(events)
+        except APIError as error:
+            if not self.number:
+                raise
+            yield self.frame("failed", response={**self.response, "status": "failed", "error": {
+                "code": error.code or "server_error", "message": error.message}})
+
+    def items(self, events: Iterator[Event]) -> Iterator[bytes]:
+        output: List[JSON] = []
+        for index, (kind, run) in enumerate(runs_of(events)):
+            if kind is Finish:
+                end = responses_end(output, next(run))
+                yield self.frame(end["status"], response={**self.response, **end})
+            else:
+                of_kind: Any = {ToolCall: self.call, Thinking: self.reasoning, Text: self.message}
+                output.append((yield from of_kind[kind](index, run)))
+
+    def message(self, index: int, run: Iterator[Text]) -> Generator[bytes, None, JSON]:
+        item = responses_item(self.chat, Text, [])
+        place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+        yield self.frame("output_item.added", output_index=index,
+                         item={**item, "status": "in_progress", "content": []})
+        yield self.frame("content_part.added", **place, part=responses_part(""))
+        parts = []
+        for part in run:
+            parts.append(part)
+            yield self.frame("output_text.delta", **place, delta=part.text, logprobs=[])
+        item = responses_item(self.chat, Text, parts, item["id"])
+        text = item["content"][0]["text"]
+        yield self.frame("output_text.done", **place, text=text, logprobs=[])
+        yield self.frame("content_part.done", **place, part=item["content"][0])
+        yield self.frame("output_item.done", output_index=index, item=item)
+        return item
+
+    def reasoning(self, index: int, run: Iterator[Thinking]) -> Generator[bytes, None, JSON]:
+        item = responses_item(self.chat, Thinking, [])
+        place = {"item_id": item["id"], "output_index": index, "summary_index": 0}
+        yield self.frame("output_item.added", output_index=index, item={**item, "summary": []})
+        yield self.frame("reasoning_summary_part.added", **place, part=item["summary"][0])
+        parts = []
+        for part in run:
+            parts.append(part)
+            yield self.frame("reasoning_summary_text.delta", **place, delta=part.text)
+        item = responses_item(self.chat, Thinking, parts, item["id"])
+        summary = item["summary"][0]
+        yield self.frame("reasoning_summary_text.done", **place, text=summary["text"])
+        yield self.frame("reasoning_summary_part.done", **place, part=summary)
+        yield self.frame("output_item.done", output_index=index, item=item)
+        return item
+
+    def call(self, index: int, run: Iterator[ToolCall]) -> Generator[bytes, None, JSON]:
+        item = responses_item(self.chat, ToolCall, list(run))
+        word = "arguments" if "arguments" in item else "input"
+        kind = "function_call_arguments" if word == "arguments" else "custom_tool_call_input"
+        place = {"item_id": item["id"], "output_index": index}
+        yield self.frame("output_item.added", output_index=index,
+                         item={**item, "status": "in_progress", word: ""})
+        yield self.frame(kind + ".delta", **place, delta=item[word])
+        yield self.frame(kind + ".done", **place, **{word: item[word]})
+        yield self.frame("output_item.done", output_index=index, item=item)
+        return item
+
+
+def responses(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/responses"""
+    chat = responses_request(request.body)
+    stream = ResponseStream(chat)
+    return ollama.answer(chat, responses_reply, lambda _, events: stream.frames(events),
+                         stream.pings())
 
 
 # ---- Models and health ---------------------------------------------------------------------------
@@ -2489,6 +2858,16 @@ def health(ollama: Ollama, _request: Request) -> Answer:
     return Answer({"status": "ok", **told, "version": version})
 
 
+def ollama_version(ollama: Ollama, _request: Request) -> Answer:
+    """GET /api/version, as Ollama has it"""
+    return Answer(ollama.get("/api/version"))
+
+
+def ollama_tags(ollama: Ollama, _request: Request) -> Answer:
+    """GET /api/tags, as Ollama has it"""
+    return Answer(ollama.get("/api/tags"))
+
+
 def about(ollama: Ollama, _request: Request) -> Answer:
     """GET /"""
     return Answer({"name": "ollama_api.py", "version": __version__, "ollama": ollama.config.ollama,
@@ -2516,8 +2895,11 @@ ROUTES = (
     Route("POST", "/v1/chat/completions", chat_completions, openai_error),
     Route("POST", "/v1/completions", completions, openai_error),
     Route("POST", "/v1/embeddings", embeddings, openai_error),
+    Route("POST", "/v1/responses", responses, openai_error),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id}", one_model),
+    Route("GET", "/api/version", ollama_version),
+    Route("GET", "/api/tags", ollama_tags),
     Route("GET", "/health", health),
     Route("GET", "/", about))
 

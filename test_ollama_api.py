@@ -388,7 +388,7 @@ def steps(text: str) -> List[Any]:
     return [CUT] if word == CUT else [json.loads(text)]
 
 
-MASKS = ((r'"(msg_|chatcmpl-|cmpl-|req_|toolu_|call_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
+MASKS = ((r'"(msg_|chatcmpl-|cmpl-|req_|toolu_|call_|resp_|rs_|fc_|ctc_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
 
 
 def tokens(text: str) -> List[str]:
@@ -410,13 +410,30 @@ def tokens(text: str) -> List[str]:
         found.append(spelled)
 
 
+BARE_RESPONSE: Dict[str, Any] = {
+    "object": "response", "error": None, "incomplete_details": None, "store": False,
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
+    "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
+    "text": {"format": {"type": "text"}}, "reasoning": None}
+
+
+def without_bare(response: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in response.items() if key != "created_at"
+            and (key not in BARE_RESPONSE or value != BARE_RESPONSE[key])}
+
+
 def without_repetition(text: str) -> str:
-    """A stream in which each chunk leaves out what stays as it was in the chunk before."""
+    """A stream in which each chunk leaves out what stays as it was in the chunk before, and a
+    response what any has."""
+    if text.startswith("{") and json.loads(text).get("object") == "response":
+        return json.dumps(without_bare(json.loads(text)))
     before: Dict[str, Any] = {}
     parts = []
     for part in text.splitlines():
         if part.startswith("data: {"):
             frame = json.loads(part[6:])
+            if "response" in frame:
+                frame["response"] = without_bare(frame["response"])
             shown = changed(frame, before, ("id", "object", "created", "model"))
             if frame.get("choices") and before.get("choices"):
                 shown["choices"] = [changed(frame["choices"][0], before["choices"][0],
@@ -1052,6 +1069,277 @@ class SmallerConversations(ServerCase):
                 {"error": {"message": "This server does not support embeddings. Start it with `--embeddings`",
                            "type": "invalid_request_error", "param": null, "code": null}}
             """)
+
+
+class ResponsesConversations(ServerCase):
+    """A response is shown without what it has in common with BARE_RESPONSE."""
+
+    ANSWER = """
+            ollama answers 200
+                content "Blue."
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "resp_ID", "status": "completed", "model": "plain", "output": [
+                   {"id": "msg_ID", "type": "message", "status": "completed", "role": "assistant", "content": [
+                      {"type": "output_text", "text": "Blue.", "annotations": [], "logprobs": []}]}],
+                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}"""
+
+    def test_text_is_streamed_in_numbered_frames(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": "[TEXT]", "stream": true}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                content " sky"
+                done stop 7 6
+            client gets 200 text/event-stream
+                event: response.created
+                data: {"type": "response.created", "sequence_number": 0, "response":
+                       {"id": "resp_ID", "status": "in_progress", "model": "plain", "output": [], "usage": null}}
+                event: response.in_progress
+                data: {"type": "response.in_progress", "sequence_number": 1, "response":
+                       {"id": "resp_ID", "status": "in_progress", "model": "plain", "output": [], "usage": null}}
+                event: response.output_item.added
+                data: {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, "item":
+                       {"id": "msg_ID", "type": "message", "status": "in_progress", "role": "assistant", "content": []}}
+                event: response.content_part.added
+                data: {"type": "response.content_part.added", "sequence_number": 3, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
+                event: response.output_text.delta
+                data: {"type": "response.output_text.delta", "sequence_number": 4, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "delta": "The", "logprobs": []}
+                event: response.output_text.delta
+                data: {"type": "response.output_text.delta", "sequence_number": 5, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "delta": " sky", "logprobs": []}
+                event: response.output_text.done
+                data: {"type": "response.output_text.done", "sequence_number": 6, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "text": "The sky", "logprobs": []}
+                event: response.content_part.done
+                data: {"type": "response.content_part.done", "sequence_number": 7, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "part": {"type": "output_text", "text": "The sky", "annotations": [], "logprobs": []}}
+                event: response.output_item.done
+                data: {"type": "response.output_item.done", "sequence_number": 8, "output_index": 0, "item":
+                       {"id": "msg_ID", "type": "message", "status": "completed", "role": "assistant", "content": [
+                          {"type": "output_text", "text": "The sky", "annotations": [], "logprobs": []}]}}
+                event: response.completed
+                data: {"type": "response.completed", "sequence_number": 9, "response":
+                       {"id": "resp_ID", "status": "completed", "model": "plain", "output": [
+                          {"id": "msg_ID", "type": "message", "status": "completed", "role": "assistant", "content": [
+                             {"type": "output_text", "text": "The sky", "annotations": [], "logprobs": []}]}],
+                        "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                                  "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}}
+            """)
+
+    def test_reasoning_closes_before_a_call_opens_and_length_is_incomplete(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "both", "input": "[TOOL]", "stream": true, "reasoning": {"effort": "low", "summary": "auto"}, "max_output_tokens": 9,
+                 "tools": [{"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": false}]}
+            ollama is asked POST /api/chat
+                {"model": "both", "messages": [{"role": "user", "content": "[TOOL]"}], "think": "low",
+                 "tools": [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {"num_predict": 9}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "Hm"
+                thinking "."
+                done length 7 9 look {"at": "a"}
+            client gets 200 text/event-stream
+                event: response.created
+                data: {"type": "response.created", "sequence_number": 0, "response":
+                       {"id": "resp_ID", "status": "in_progress", "model": "both", "output": [], "usage": null, "ECHO": 1}}
+                event: response.in_progress
+                data: {"type": "response.in_progress", "sequence_number": 1, "response":
+                       {"id": "resp_ID", "status": "in_progress", "model": "both", "output": [], "usage": null, "ECHO": 1}}
+                event: response.output_item.added
+                data: {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, "item":
+                       {"id": "rs_ID", "type": "reasoning", "summary": []}}
+                event: response.reasoning_summary_part.added
+                data: {"type": "response.reasoning_summary_part.added", "sequence_number": 3, "item_id": "rs_ID", "output_index": 0, "summary_index": 0,
+                       "part": {"type": "summary_text", "text": ""}}
+                event: response.reasoning_summary_text.delta
+                data: {"type": "response.reasoning_summary_text.delta", "sequence_number": 4, "item_id": "rs_ID", "output_index": 0, "summary_index": 0,
+                       "delta": "Hm"}
+                event: response.reasoning_summary_text.delta
+                data: {"type": "response.reasoning_summary_text.delta", "sequence_number": 5, "item_id": "rs_ID", "output_index": 0, "summary_index": 0,
+                       "delta": "."}
+                event: response.reasoning_summary_text.done
+                data: {"type": "response.reasoning_summary_text.done", "sequence_number": 6, "item_id": "rs_ID", "output_index": 0, "summary_index": 0,
+                       "text": "Hm."}
+                event: response.reasoning_summary_part.done
+                data: {"type": "response.reasoning_summary_part.done", "sequence_number": 7, "item_id": "rs_ID", "output_index": 0, "summary_index": 0,
+                       "part": {"type": "summary_text", "text": "Hm."}}
+                event: response.output_item.done
+                data: {"type": "response.output_item.done", "sequence_number": 8, "output_index": 0, "item":
+                       {"id": "rs_ID", "type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}}
+                event: response.output_item.added
+                data: {"type": "response.output_item.added", "sequence_number": 9, "output_index": 1, "item":
+                       {"id": "fc_ID", "type": "function_call", "name": "look", "call_id": "call_ID", "status": "in_progress", "arguments": ""}}
+                event: response.function_call_arguments.delta
+                data: {"type": "response.function_call_arguments.delta", "sequence_number": 10, "item_id": "fc_ID", "output_index": 1, "delta": "{\"at\": \"a\"}"}
+                event: response.function_call_arguments.done
+                data: {"type": "response.function_call_arguments.done", "sequence_number": 11, "item_id": "fc_ID", "output_index": 1, "arguments": "{\"at\": \"a\"}"}
+                event: response.output_item.done
+                data: {"type": "response.output_item.done", "sequence_number": 12, "output_index": 1, "item":
+                       {"id": "fc_ID", "type": "function_call", "name": "look", "call_id": "call_ID", "status": "completed", "arguments": "{\"at\": \"a\"}"}}
+                event: response.incomplete
+                data: {"type": "response.incomplete", "sequence_number": 13, "response":
+                       {"id": "resp_ID", "status": "incomplete", "model": "both", "incomplete_details": {"reason": "max_output_tokens"}, "output": [
+                          {"id": "rs_ID", "type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+                          {"id": "fc_ID", "type": "function_call", "name": "look", "call_id": "call_ID", "status": "completed", "arguments": "{\"at\": \"a\"}"}],
+                        "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                                  "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 16}, "ECHO": 1}}
+            """.replace('"ECHO": 1', '"max_output_tokens": 9, "reasoning": {"effort": "low", "summary": "auto"}, "tools": '
+                        '[{"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": false}]'))
+
+    def test_a_failure_in_mid_stream_is_a_frame_that_codex_shows(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": "[LOOP]", "stream": true}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[LOOP]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content " one"
+                {"error": "an error was encountered while running the model: unexpected EOF"}
+            client gets 200 text/event-stream
+                event: response.created
+                data: {"type": "response.created", "sequence_number": 0, "response":
+                       {"id": "resp_ID", "status": "in_progress", "model": "plain", "output": [], "usage": null}}
+                event: response.in_progress
+                data: {"type": "response.in_progress", "sequence_number": 1, "response":
+                       {"id": "resp_ID", "status": "in_progress", "model": "plain", "output": [], "usage": null}}
+                event: response.output_item.added
+                data: {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, "item":
+                       {"id": "msg_ID", "type": "message", "status": "in_progress", "role": "assistant", "content": []}}
+                event: response.content_part.added
+                data: {"type": "response.content_part.added", "sequence_number": 3, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
+                event: response.output_text.delta
+                data: {"type": "response.output_text.delta", "sequence_number": 4, "item_id": "msg_ID", "output_index": 0, "content_index": 0,
+                       "delta": " one", "logprobs": []}
+                event: response.failed
+                data: {"type": "response.failed", "sequence_number": 5, "response":
+                       {"id": "resp_ID", "status": "failed", "model": "plain", "output": [], "usage": null, "error": {"code": "server_error",
+                        "message": "Ollama failed: an error was encountered while running the model: unexpected EOF"}}}
+            """)
+
+    def test_items_become_messages(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "instructions": "Be kind.", "input": [
+                   {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
+                   {"role": "user", "content": "1"},
+                   {"type": "web_search_call", "id": "ws_1"},
+                   {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}], "encrypted_content": null},
+                   {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "2"}, {"type": "refusal", "refusal": "No."}]},
+                   {"type": "function_call", "call_id": "c1", "name": "exec", "namespace": "shell", "arguments": "{\"a\": 1}"},
+                   {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "*** Begin"},
+                   {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "3"}]},
+                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}]},
+                   {"type": "custom_tool_call_output", "call_id": "c2", "output": ""},
+                   {"type": "message", "role": "system", "content": "Late."},
+                   {"type": "function_call", "call_id": "c3", "name": "now", "arguments": ""},
+                   {"type": "function_call_output", "call_id": "c3", "output": "noon"},
+                   {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "So."}]}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "system", "content": "Be kind.\n\nBe brief."},
+                   {"role": "user", "content": "1"},
+                   {"role": "assistant", "content": "2\n\nNo.\n\n3", "thinking": "Hm.", "tool_calls": [
+                      {"id": "call00001", "function": {"name": "shell.exec", "arguments": {"a": 1}}},
+                      {"id": "call00002", "function": {"name": "patch", "arguments": {"input": "*** Begin"}}}]},
+                   {"role": "tool", "tool_name": "shell.exec", "tool_call_id": "call00001", "content": "x\n\ny"},
+                   {"role": "tool", "tool_name": "patch", "tool_call_id": "call00002", "content": "(no text)"},
+                   {"role": "user", "content": "Late."},
+                   {"role": "assistant", "content": "", "tool_calls": [
+                      {"id": "call00003", "function": {"name": "now", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "now", "tool_call_id": "call00003", "content": "noon"},
+                   {"role": "assistant", "content": "", "thinking": "So."}],
+                 "options": {}, "stream": true, "truncate": false}
+            """ + self.ANSWER.replace('"usage"', '"instructions": "Be kind.", "usage"'))
+
+    def test_an_image_that_a_tool_has_seen_reaches_ollama(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": [
+                   {"role": "user", "content": [{"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,AAAA"}]},
+                   {"type": "function_call", "call_id": "c1", "name": "view_image", "arguments": "{}"},
+                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": "data:image/png;base64,BBBB"}]}]}
+            ollama is asked POST /api/show
+                {"model": "plain"}
+            ollama answers 200
+                {"capabilities": ["vision"]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "user", "content": "", "images": ["AAAA"]},
+                   {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "function": {"name": "view_image", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "view_image", "tool_call_id": "call00001", "content": "(no text)", "images": ["BBBB"]}],
+                 "options": {}, "stream": true, "truncate": false}
+            """ + self.ANSWER)
+
+    def test_tools_of_a_namespace_and_custom_tools_come_back_as_they_went(self) -> None:
+        tools = ('[{"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "exec", "parameters": {}}, {"type": "function", "name": "ns.b"}]}, '
+                 '{"type": "web_search"}]')
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "tools": TOOLS, "parallel_tool_calls": true, "input": [
+                   {"type": "additional_tools", "role": "developer", "tools": [{"type": "custom", "name": "patch", "description": "Edit.", "format": {"type": "grammar", "definition": "start: x"}}]},
+                   {"role": "user", "content": "[TWO]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TWO]"}], "tools": [
+                   {"type": "function", "function": {"name": "ns.exec", "description": "", "parameters": {"type": "object", "properties": {}}}},
+                   {"type": "function", "function": {"name": "ns.b", "description": "", "parameters": {"type": "object", "properties": {}}}},
+                   {"type": "function", "function": {"name": "patch", "description": "Edit.\n\nstart: x",
+                      "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                {"message": {"content": "", "tool_calls": [{"function": {"name": "ns.exec", "arguments": {"a": 1}}}, {"function": {"name": "patch", "arguments": {"input": "*** Begin"}}}]}, "done": true, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 6}
+            client gets 200 application/json
+                {"id": "resp_ID", "status": "completed", "model": "plain", "tools": TOOLS, "output": [
+                   {"id": "fc_ID", "type": "function_call", "name": "exec", "namespace": "ns", "call_id": "call_ID", "status": "completed", "arguments": "{\"a\": 1}"},
+                   {"id": "ctc_ID", "type": "custom_tool_call", "name": "patch", "call_id": "call_ID", "status": "completed", "input": "*** Begin"}],
+                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
+            """.replace("TOOLS", tools))
+
+    def test_a_schema_and_a_forced_custom_tool_bind_the_answer(self) -> None:
+        for asked, told, format_, answer, output in (
+                (r'"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}',
+                 r'Answer with JSON of this schema, and nothing else: {\"type\": \"object\"}', '{"type": "object"}', "{}",
+                 r'{"id": "msg_ID", "type": "message", "status": "completed", "role": "assistant", "content": [{"type": "output_text", "text": "{}", "annotations": [], "logprobs": []}]}'),
+                (r'"tools": [{"type": "custom", "name": "say"}], "tool_choice": {"type": "custom", "name": "say"}',
+                 r'Call the tool say: answer with the JSON object of its arguments, and nothing else: {\"name\": \"say\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {\"input\": {\"type\": \"string\"}}, \"required\": [\"input\"]}}',
+                 '{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}', r'{\"input\": \"Hi\"}',
+                 '{"id": "ctc_ID", "type": "custom_tool_call", "name": "say", "call_id": "call_ID", "status": "completed", "input": "Hi"}')):
+            del self.ollama.asked[:]
+            self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": "[TEXT]", ASKED}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "system", "content": "TOLD"}, {"role": "user", "content": "[TEXT]"}],
+                 THINK"format": FORMAT, "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "ANSWER"
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "resp_ID", "status": "completed", "model": "plain", ASKED, "output": [OUTPUT],
+                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
+            """.replace("ASKED", asked).replace("TOLD", told).replace("FORMAT", format_).replace("ANSWER", answer)
+                .replace("OUTPUT", output).replace("THINK", '"think": false, ' if "custom" in asked else ""))
+
+    def test_the_load_probe_of_codex_has_an_empty_input(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": "", "max_output_tokens": 1}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": ""}],
+                 "options": {"num_predict": 1}, "stream": true, "truncate": false}
+            """ + self.ANSWER.replace('"usage"', '"max_output_tokens": 1, "usage"'))
 
 
 # ---- Conversations: Anthropic Messages -----------------------------------------------------------
@@ -1752,7 +2040,7 @@ class MessagesConversations(ServerCase):
 
 USER = [{"role": "user", "content": "[TEXT]"}]
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
+COMPLETIONS, EMBEDDINGS, RESPONSES = "/v1/completions", "/v1/embeddings", "/v1/responses"
 
 # What a client sends, and how the 400 begins that it gets: with the field to blame, which in
 # OpenAI's dialect is `param` as well.
@@ -1873,6 +2161,47 @@ BAD_BODIES = [
         ({"input": "a", "encoding_format": "hex"},
          'encoding_format: must be one of float, base64, not "hex"'),
         ({"input": "a", "dimensions": 0}, "dimensions: must be at least 1"))),
+    *((RESPONSES, {"input": "Hi", **body}, words) for body, words in (
+        ({"input": None}, "input: is required"), ({"input": 5}, "input: must be a list"),
+        ({"input": []}, "input: must not be empty"), ({"input": [5]}, "input.0: must be an object"),
+        ({"input": [{"content": "Hi"}]}, "input.0.type: is required"),
+        ({"input": [{"type": "web_search_call"}]}, "input: must not be empty"),
+        ({"input": [{"role": "robot", "content": "Hi"}]}, "input.0.role: must be one of"),
+        ({"input": [{"role": "user"}]}, "input.0.content: is required"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+         'input.0.content.0.type: must be one of text, input_text, output_text, input_image, not "i'),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+         "input.0.content.0.image_url: is required"),
+        ({"input": [{"type": "function_call", "name": "a"}]}, "input.0.call_id: is required"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "a", "arguments": "{"}]},
+         "input.0.arguments: is not JSON"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "a", "name": "a"}]},
+         "input.0.input: is required"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]},
+         'input.0.call_id: no tool call before has the id "a"'),
+        ({"input": [{"type": "reasoning", "summary": [{"type": "summary_text"}]}]},
+         "input.0.summary.0.text: is required"),
+        ({"input": [{"type": "additional_tools"}]}, "input.0.tools: is required"),
+        ({"instructions": 5}, "instructions: must be a string"),
+        ({"tools": [{"name": "a"}]}, "tools.0.type: is required"),
+        ({"tools": [{"type": "function"}]}, "tools.0.name: is required"),
+        ({"tools": [{"type": "namespace", "name": "a"}]}, "tools.0.tools: is required"),
+        ({"tools": [{"type": "custom", "name": "a", "format": 5}]}, "tools.0.format: must be an"),
+        ({"tool_choice": "must"}, "tool_choice: must be one of auto, none, required"),
+        ({"tool_choice": 5}, "tool_choice: must be an object"),
+        ({"tool_choice": "required"}, "tool_choice: is required, but no tool is offered"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type: must be one of function"),
+        ({"tool_choice": {"type": "function", "name": "a"}}, "tool_choice.name: must be one of not"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "a"}]}},
+         "tool_choice.tools.0.name: must be one of nothing"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type: must be one of"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema: is required"),
+        ({"reasoning": {"effort": "extreme"}}, "reasoning.effort: must be one of"),
+        ({"max_output_tokens": 0}, "max_output_tokens: must be at least 1"),
+        ({"background": True}, "background: must be false"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id: is not known"),
+        ({"conversation": "c"}, "conversation: is not known"),
+        ({"prompt": {"id": "p"}}, "prompt: is not known"))),
     (MESSAGES, {}, "messages: is required"),
     (MESSAGES, {"messages": []}, "messages: must not be empty"),
     (MESSAGES, {"messages": {}}, "messages: must be a list, not an object"),
@@ -2290,6 +2619,13 @@ class ModelsAndHealth(ServerCase):
             self.assertEqual(reply.status, 404)
             self.assertIn(reply.json["error"][key], ("model_not_found", "not_found_error"))
             self.assertIn("Installed: plain:latest, hf.co", reply.json["error"]["message"])
+
+    def test_what_codex_looks_at_is_passed_on(self) -> None:
+        self.assertEqual(self.ask("GET", "/api/version").json, {"version": "0.32.15"})
+        self.assertEqual(self.ask("GET", "/api/tags").json, TAGS)
+        self.assertEqual(self.ask("POST", "/api/pull", {"model": "x"}).status, 404)
+        reply = self.ask("GET", "/v1/responses/resp_1")
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
 
     def test_health_says_where_ollama_is_and_which(self) -> None:
         self.assertEqual(self.ask("GET", "/health").json,
@@ -2860,6 +3196,52 @@ RAW = [
 ]
 
 
+# What a client sends, and what x-ignored-fields says of it.
+IGNORED: List[Any] = [
+    (CHAT, {"user": "me", "tools": None, "a\r\nb": 1}, "?, user"),
+    (CHAT, {"stream_options": {"include_usage": True, "include_obfuscation": False},
+            "reasoning": {"effort": "low", "summary": "auto"}},
+     "reasoning.summary, stream_options.include_obfuscation"),
+    (CHAT, {"user": "me", "logit_bias": {}, "store": True, "verbosity": "low",
+            "tools": [{"function": {"name": "a", "parameters": prop({"pattern": "x"})}}],
+            "tool_choice": "required", "reasoning_effort": "high"},
+     "logit_bias, reasoning_effort, store, tools.0.function.parameters.properties.a"
+     ".pattern, user, verbosity"),
+    (RESPONSES, {"input": [{"type": "item_reference", "id": "i"},
+                           {"role": "user", "content": "Hi"}], "messages": None,
+                 "store": False, "include": [], "truncation": "auto", "background": False,
+                 "tools": [{"type": "web_search"}, {"type": "mcp"}], "text": {
+                     "verbosity": "low"}, "reasoning": {"summary": "auto"}},
+     "include, input.0, reasoning.summary, store, text.verbosity, tools.0, tools.1, "
+     "truncation"),
+    (COMPLETIONS, {"prompt": "a", "echo": True, "best_of": 1, "messages": None},
+     "best_of, echo"),
+    (MESSAGES, {"metadata": {"user_id": "me"},
+                "thinking": {"type": "disabled", "display": "x"},
+                "output_config": {"task_budget": {}, "effort": "low"}},
+     "metadata, output_config.effort, output_config.task_budget, thinking.display"),
+    (MESSAGES, {"a\r\nb": 1, "x" * 200: 1, **{f"f{n}": 1 for n in range(99)}},
+     ", ".join(["?", *sorted(f"f{n}" for n in range(62))])),
+    (MESSAGES, {"tools": [{"name": "a"}, {"type": "bash_20250124", "name": "bash"},
+                          {"name": "later", "defer_loading": True}],
+                "messages": [{"role": "user", "content": [
+                    {"type": "container_upload", "file_id": "f"},
+                    {"type": "document", "source": {"type": "base64", "data": ""}}]}]},
+     "messages.0.content.0, messages.0.content.1, tools.1, tools.2"),
+    (MESSAGES, {"tools": [{"name": "a", "input_schema": prop({"maxLength": 5})}],
+                "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}},
+     "thinking, tools.0.input_schema.properties.a.maxLength"),
+    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {"not": {}}}},
+     "output_format.schema.not"),
+    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}},
+                "tools": [{"name": "a"}], "tool_choice": {"type": "any"}},
+     "output_format.schema"),
+    (CHAT, {"response_format": {"type": "json_object"}, "tool_choice": "required",
+            "tools": [{"function": {"name": "a"}}]}, "response_format"),
+    (MESSAGES, {"system": "Hi"}, None)
+]
+
+
 class HTTP(ServerCase):
     settings = {"linger_seconds": 0.2}
 
@@ -2952,41 +3334,7 @@ class HTTP(ServerCase):
         self.assertEqual((refused.status, refused.headers["allow"]), (405, "OPTIONS, POST"))
 
     def test_fields_without_effect_are_named_and_cannot_break_the_head(self) -> None:
-        for path, body, ignored in (
-                (CHAT, {"user": "me", "tools": None, "a\r\nb": 1}, "?, user"),
-                (CHAT, {"stream_options": {"include_usage": True, "include_obfuscation": False},
-                        "reasoning": {"effort": "low", "summary": "auto"}},
-                 "reasoning.summary, stream_options.include_obfuscation"),
-                (CHAT, {"user": "me", "logit_bias": {}, "store": True, "verbosity": "low",
-                        "tools": [{"function": {"name": "a", "parameters": prop({"pattern": "x"})}}],
-                        "tool_choice": "required", "reasoning_effort": "high"},
-                 "logit_bias, reasoning_effort, store, tools.0.function.parameters.properties.a"
-                 ".pattern, user, verbosity"),
-                (COMPLETIONS, {"prompt": "a", "echo": True, "best_of": 1, "messages": None},
-                 "best_of, echo"),
-                (MESSAGES, {"metadata": {"user_id": "me"},
-                            "thinking": {"type": "disabled", "display": "x"},
-                            "output_config": {"task_budget": {}, "effort": "low"}},
-                 "metadata, output_config.effort, output_config.task_budget, thinking.display"),
-                (MESSAGES, {"a\r\nb": 1, "x" * 200: 1, **{f"f{n}": 1 for n in range(99)}},
-                 ", ".join(["?", *sorted(f"f{n}" for n in range(62))])),
-                (MESSAGES, {"tools": [{"name": "a"}, {"type": "bash_20250124", "name": "bash"},
-                                      {"name": "later", "defer_loading": True}],
-                            "messages": [{"role": "user", "content": [
-                                {"type": "container_upload", "file_id": "f"},
-                                {"type": "document", "source": {"type": "base64", "data": ""}}]}]},
-                 "messages.0.content.0, messages.0.content.1, tools.1, tools.2"),
-                (MESSAGES, {"tools": [{"name": "a", "input_schema": prop({"maxLength": 5})}],
-                            "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}},
-                 "thinking, tools.0.input_schema.properties.a.maxLength"),
-                (MESSAGES, {"output_format": {"type": "json_schema", "schema": {"not": {}}}},
-                 "output_format.schema.not"),
-                (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}},
-                            "tools": [{"name": "a"}], "tool_choice": {"type": "any"}},
-                 "output_format.schema"),
-                (CHAT, {"response_format": {"type": "json_object"}, "tool_choice": "required",
-                        "tools": [{"function": {"name": "a"}}]}, "response_format"),
-                (MESSAGES, {"system": "Hi"}, None)):
+        for path, body, ignored in IGNORED:
             self.ollama.queue(Script([content("{}"), done()]))
             reply = self.ask("POST", path, {"messages": USER, **body})
             self.assertEqual((reply.status, reply.headers.get("x-ignored-fields")), (200, ignored))
@@ -3068,6 +3416,18 @@ class OverTime(ServerCase):
                 stream.until(ping * 2)
                 after.set()
                 stream.until(end)
+
+    def test_a_response_that_waits_is_in_progress_again_and_fails_in_a_frame(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([gate, {"error": "boom"}], 500))
+        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
+            stream.until(b'"sequence_number": 3')
+            gate.set()
+            frames = [json.loads(part) for part in re.findall("data: (.*)", stream.reply().text)]
+        self.assertEqual([frame["sequence_number"] for frame in frames], list(range(len(frames))))
+        self.assertEqual([frame["type"] for frame in frames[:2]], ["response.created", "response.in_progress"])
+        self.assertEqual(frames[-1]["type"], "response.failed")
+        self.assertEqual(len({frame["response"]["id"] for frame in frames}), 1)
 
     def test_a_model_that_is_busy_with_what_is_held_back_is_pinged_for_too(self) -> None:
         enough = threading.Event()
@@ -3578,11 +3938,15 @@ class AnthropicSDK(SDKCase):
         self.assertEqual((model.id, model.type), ("hf.co/someone/think:latest", "model"))
 
 
-CLAUDE = shutil.which("claude")
+CLAUDE, CODEX = shutil.which("claude"), shutil.which("codex")
 
 
-@unittest.skipUnless(CLAUDE or (os.environ.get("CI") and not os.environ.get("WITHOUT_NPM")),
-                     "Claude Code is not installed")
+def needs_npm(found: Any, what: str) -> Callable[[Any], Any]:
+    return unittest.skipUnless(found or (os.environ.get("CI") and not os.environ.get("WITHOUT_NPM")),
+                               f"{what} is not installed")
+
+
+@needs_npm(CLAUDE, "Claude Code")
 class ClaudeCode(SDKCase):
     """Claude Code itself, with a home and a folder of its own, and nowhere to go but here."""
 
@@ -3624,6 +3988,53 @@ class ClaudeCode(SDKCase):
         offered = [tool["function"]["name"] for tool in self.ollama.asked[0][1]["tools"]]
         self.assertIn("Read", offered)
         self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "Read")
+
+
+@needs_npm(CODEX, "Codex")
+class Codex(SDKCase):
+    """Codex itself, with a home and a folder of its own, and nowhere to go but here."""
+
+    CONFIG = """model = "tools"
+model_provider = "local"
+sandbox_mode = "danger-full-access"
+approval_policy = "never"
+
+[model_providers.local]
+name = "ollama_api.py"
+base_url = "URL/v1"
+wire_api = "responses"
+"""
+
+    def run_codex(self, prompt: str, folder: str) -> str:
+        home, work = Path(folder, "codex"), Path(folder, "work")
+        home.mkdir()
+        work.mkdir()
+        (home / "config.toml").write_text(self.CONFIG.replace("URL", self.url), encoding="utf-8")
+        process = subprocess.run(
+            [str(CODEX), "exec", "--skip-git-repo-check", prompt], cwd=str(work),
+            env={"HOME": folder, "CODEX_HOME": str(home), "PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        self.assertEqual(process.returncode, 0, process.stderr)
+        return process.stdout.strip()
+
+    def test_a_plain_answer(self) -> None:
+        self.ollama.forever = lambda body: Script([thinking("Hm."), *SKY])
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(self.run_codex("Why is the sky blue?", folder), "The sky is blue.")
+        self.assertEqual(self.ollama.asked[0][1]["messages"][0]["role"], "system")
+
+    def test_it_runs_a_command_and_answers_from_what_it_prints(self) -> None:
+        def answer(body: Any) -> Script:
+            last = body["messages"][-1]
+            if last["role"] != "tool":
+                command = ("exec_command", {"cmd": "echo number $((4700 + 11))"})
+                return Script([line(calls(command)), done()])
+            number = re.search(r"number (\d+)", last["content"])
+            return Script([content(f"It is {number and number[1]}."), done()])
+        self.ollama.forever = answer
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(self.run_codex("Which number?", folder), "It is 4711.")
+        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "exec_command")
 
 
 @needs(openai, "openai")
@@ -3798,6 +4209,108 @@ class OpenAISDK(SDKCase):
         self.assertEqual(model.owned_by, "someone")
 
 
+@needs(openai, "openai")
+class ResponsesSDK(SDKCase):
+    QUESTION: Dict[str, Any] = {"model": "plain", "input": "Why?"}
+
+    def client(self) -> Any:
+        client = openai.OpenAI(base_url=self.url + "/v1", api_key="none")
+        self.addCleanup(client.close)
+        return client.responses
+
+    def streamed(self, **question: Any) -> Any:
+        """The last response of a stream: the helper's own getter knows completed ones only."""
+        with self.client().stream(**question) as stream:
+            return list(stream)[-1].response
+
+    def test_create(self) -> None:
+        self.ollama.queue(Script())
+        response = self.client().create(**self.QUESTION)
+        self.assertEqual((response.output_text, response.status), ("The sky is blue.", "completed"))
+        self.assertEqual((response.usage.total_tokens, response.error), (13, None))
+
+    def test_a_stream_ends_as_the_whole_response_for_every_conversation(self) -> None:
+        compared = 0
+        for text in transcripts(ResponsesConversations):
+            parts = sections(text)
+            body = json.loads(parts[0][2])
+            body.pop("stream", None)
+            if "error" in parts[-2][2] or "ns.b" in parts[0][2]:      # the SDK knows no namespaces
+                continue
+            first = {"model": body.pop("model"), "input": body.pop("input")}
+            found = []
+            for way in (self.client().create, self.streamed):
+                self.ollama.scripts = scripts_of(parts)
+                response = way(**first, extra_body=body).model_dump(
+                    mode="json", exclude_none=True, exclude={"created_at"}, warnings=False)
+                for item in response["output"]:
+                    item.pop("parsed_arguments", None)               # the helper's
+                found.append(without_ids(response))
+            with self.subTest(text=text[:400]):
+                self.assertEqual(found[0], found[1])
+            compared += 1
+        self.assertGreater(compared, 6)
+
+    def test_a_stream_survives_a_long_silence(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([gate, *SKY]))
+        timer = threading.Timer(0.3, gate.set)
+        timer.start()
+        self.addCleanup(timer.join)
+        numbers = [event.sequence_number
+                   for event in self.client().create(**self.QUESTION, stream=True)]
+        self.assertEqual(numbers, list(range(len(numbers))))
+        self.assertGreater(len(numbers), 13)           # pings are among them
+
+    def test_a_tool_round_trip_with_thoughts(self) -> None:
+        tool = {"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": False}
+        self.ollama.queue(Script([thinking("Hm."), line(calls(("get_weather", {"city": "Oslo"}))), done()]),
+                          Script())
+        response = self.client().create(**self.QUESTION, tools=[tool])
+        reasoning, call = response.output
+        self.assertEqual((reasoning.summary[0].text, json.loads(call.arguments)), ("Hm.", {"city": "Oslo"}))
+        answer = self.client().create(model="plain", tools=[tool], input=[
+            {"role": "user", "content": "Why?"}, reasoning, call,
+            {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}])
+        self.assertEqual(answer.output_text, "The sky is blue.")
+        self.assertEqual([message["role"] for message in self.ollama.asked[1][1]["messages"]],
+                         ["user", "assistant", "tool"])
+
+    def test_parse(self) -> None:
+        import pydantic
+
+        class City(pydantic.BaseModel):
+            name: str
+        self.ollama.forever = lambda body: Script([
+            content(json.dumps(example(body["format"], body["format"]))), done()])
+        found = self.client().parse(**self.QUESTION, text_format=City)
+        self.assertEqual(found.output_parsed, City(name="text"))
+
+    def test_length_and_failure(self) -> None:
+        self.ollama.queue(Script([content("The"), done("length")]),
+                          Script([{"error": "model 'nope' not found"}], 404),
+                          Script([content("The"), CUT]))
+        response = self.client().create(**self.QUESTION)
+        self.assertEqual((response.status, response.incomplete_details.reason),
+                         ("incomplete", "max_output_tokens"))
+        with self.assertRaises(openai.NotFoundError):
+            self.client().create(**self.QUESTION, stream=True)
+        events = list(self.client().create(**self.QUESTION, stream=True))
+        self.assertEqual((events[-1].type, events[-1].response.error.code),
+                         ("response.failed", "server_error"))
+        self.assertIn("broke off", events[-1].response.error.message)
+
+    def test_async(self) -> None:
+        self.ollama.forever = lambda body: Script()
+
+        async def texts() -> List[str]:
+            async with openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none") as client:
+                answers = await asyncio.gather(*(
+                    client.responses.create(**self.QUESTION) for _ in range(20)))
+                return [answer.output_text for answer in answers]
+        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
+
+
 def completion_of(completion: Any) -> Any:
     """What matters of a completion, however the SDK names what is not there."""
     choice, message = completion.choices[0], completion.choices[0].message
@@ -3811,7 +4324,7 @@ def completion_of(completion: Any) -> Any:
 
 
 def without_ids(value: Any) -> str:
-    return re.sub('"(id|tool_use_id|request_id)": "[a-z]+_[0-9a-f]{24}"', r'"\1": "ID"', json.dumps(value))
+    return re.sub('"(id|call_id|tool_use_id|request_id)": "[a-z]+_[0-9a-f]{24}"', r'"\1": "ID"', json.dumps(value))
 
 
 def comparable(model: Any) -> Dict[str, Any]:
