@@ -2982,6 +2982,13 @@ class ForcedCalls(ServerCase):
                                                 "tool_choice": choice, "stop": "city"})
                 self.assertIn(f'"name": "{name}"', reply.text)
                 self.assertIn('"finish_reason": "tool_calls"', reply.text)
+        flat: List[Any] = [{"type": "function", "name": "now"}, {"type": "namespace", "name": "ns", "tools": [
+            {"type": "custom", "name": "say"}]}]
+        choices: List[Any] = [("required", "now"), ({"type": "custom", "name": "say"}, "say"),
+                              ({"type": "custom", "name": "ns.say"}, "say")]
+        for choice, name in choices:
+            reply = self.ask("POST", RESPONSES, {"input": "Hi", "tools": flat, "tool_choice": choice})
+            self.assertEqual([item["name"] for item in reply.json["output"]], [name])
         self.ollama.forever = lambda body: Script([*SKY] if "tools" not in body else [])
         reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": False,
                                         "tool_choice": "none"})
@@ -3033,7 +3040,11 @@ class HarmlessSchemas(ServerCase):
             chats: List[Any] = [
                 {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
                 {"format": schema}, {"tools": [function], "tool_choice": "required"}]
+            flat: List[Any] = [
+                {"text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}},
+                {"tools": [{"type": "function", "name": "a", "parameters": prop(schema)}]}]
             for path, body in [*((MESSAGES, body) for body in bodies),
+                               *((RESPONSES, {"input": "Hi", **body}) for body in flat),
                                *((CHAT, {"stream": False, **body}) for body in chats)]:
                 with self.subTest(body=str(body)[:200]):
                     reply = self.ask("POST", path, {"messages": USER, **body})
