@@ -2715,8 +2715,7 @@ class ResponseStream:
         """All of them. Once one is out, also a ping, a failure is a frame as well."""
         try:
             events = begun(events)
-            if not self.number:
-                yield self.opening()
+            yield self.opening()
             yield from self.items(events)
         except APIError as error:
             if not self.number:

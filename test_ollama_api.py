@@ -2427,6 +2427,18 @@ class Tables(ServerCase):
                     {"role": "function", "name": "a", "content": None}]
         self.assertEqual(read(messages=messages).body["messages"][1]["content"], "(no text)")
 
+    def test_what_else_a_response_may_ask_for(self) -> None:
+        def read(**body: Any) -> ollama_api.Chat:
+            return ollama_api.responses_request({"model": "plain", "input": "Hi", **body})
+        self.assertTrue(read(parallel_tool_calls=False).one_call)
+        self.assertFalse(read().one_call)
+        self.assertEqual(read(options={"stop": ["a"]}).stop, ["a"])
+        self.assertEqual(read(text={"format": {"type": "json_object"}}).body["format"], ANY)
+        self.assertEqual(read(keep_alive="5m", think=True).body["think"], True)
+        chat = read(tools=[{"type": "custom", "name": "say"}])
+        found = ollama_api.responses_call(chat, ToolCall("say", {"text": 1}))
+        self.assertEqual(found["input"], '{"text": 1}')           # what else the model made of it
+
     def test_log_probabilities_go_with_the_text_that_is_held_back(self) -> None:
         tokens_: List[Any] = [{"token": letter, "logprob": -1} for letter in "abc"]
         events = [Text(token["token"], (token,)) for token in tokens_]
@@ -2440,10 +2452,13 @@ class Tables(ServerCase):
     def test_what_ollama_did_not_compute_again_is_told(self) -> None:
         for path, usage in ((CHAT, {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15,
                                     "prompt_tokens_details": {"cached_tokens": 4}}),
+                            (RESPONSES, {"input_tokens": 9, "output_tokens": 6, "total_tokens": 15,
+                                         "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
+                                         "output_tokens_details": {"reasoning_tokens": 0}}),
                             (MESSAGES, {"input_tokens": 5, "output_tokens": 6,
                                         "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4})):
             self.ollama.queue(Script([{**done("stop", 9, 6), "prompt_eval_cached_count": 4}]))
-            reply = self.ask("POST", path, {"messages": USER, "stream": False})
+            reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": False})
             self.assertEqual(reply.json["usage"], usage)
 
     def test_embeddings_that_are_none(self) -> None:
@@ -3436,9 +3451,24 @@ class OverTime(ServerCase):
             gate.set()
             frames = [json.loads(part) for part in re.findall("data: (.*)", stream.reply().text)]
         self.assertEqual([frame["sequence_number"] for frame in frames], list(range(len(frames))))
-        self.assertEqual([frame["type"] for frame in frames[:2]], ["response.created", "response.in_progress"])
-        self.assertEqual(frames[-1]["type"], "response.failed")
+        kinds = [frame["type"] for frame in frames]
+        self.assertEqual(kinds, ["response.created", *["response.in_progress"] * (len(kinds) - 2), "response.failed"])
         self.assertEqual(len({frame["response"]["id"] for frame in frames}), 1)
+
+    def test_a_response_that_has_waited_goes_on_without_a_second_beginning(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([gate, *SKY]))
+        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
+            stream.until(b"response.in_progress")
+            gate.set()
+            stream.until(b"response.completed")
+            beginning = stream.got.partition(b"response.output_item.added")[0]
+        self.assertEqual(beginning.count(b"event: response.created"), 1)
+
+    def test_a_response_that_is_refused_before_it_waits_is_a_real_status(self) -> None:
+        self.ollama.queue(Script([{"error": "model 'nope' not found"}], 404))
+        reply = self.ask("POST", RESPONSES, {"input": "Hi", "model": "nope", "stream": True})
+        self.assertEqual((reply.status, reply.json["error"]["code"]), (404, "model_not_found"))
 
     def test_a_model_that_is_busy_with_what_is_held_back_is_pinged_for_too(self) -> None:
         enough = threading.Event()
