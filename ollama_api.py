@@ -118,6 +118,13 @@ class Config:
     api_key: Tuple[str, ...] = option(
         (), "demand this key of every client; repeatable", action="append",
         env="OLLAMA_API_SERVER_KEY", metavar="KEY")
+    allow_origin: Tuple[str, ...] = option(
+        (), "serve the web pages of this origin, like https://chat.example; repeatable",
+        action="append", metavar="ORIGIN")
+    tls_cert: str = option("", "speak https, with the certificate chain in this PEM file",
+                           metavar="FILE")
+    tls_key: str = option("", "its private key, where that is in a file of its own",
+                          metavar="FILE")
     insecure: bool = option(False, "allow an address that others can reach without an --api-key",
                             action="store_true")
     demo: bool = option(False, "start a stand-in Ollama that repeats what it is told",
@@ -134,6 +141,7 @@ class Config:
     write_seconds: float = 30           # without progress, after which a client counts as gone
     linger_seconds: float = 2           # for a refusal to arrive before the connection closes
     running: int = 256                  # requests at a time
+    connections: int = 4096             # at a time; each has a thread
     backlog: int = 1024                 # with 5, seven of ten bursts of 200 clients failed
     connect_seconds: float = 5          # to Ollama
     send_seconds: float = 60            # for Ollama to take a request
@@ -1078,6 +1086,9 @@ class Client(Protocol):
     def ping(self) -> None:
         """Show that the answer is still being worked on."""
 
+    def heard(self) -> bool:
+        """Take what it sent unasked, if that is anything; ClientLeft if it is the end."""
+
 
 class Upstream(io.RawIOBase):
     """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
@@ -1111,20 +1122,10 @@ class Upstream(io.RawIOBase):
                 continue
             ready = {key.fileobj for key, _ in
                      self.selector.select(min(ping_at, self.give_up) - now)}
-            if self.client.sock in ready:
-                self.look_at_client()
+            if self.client.sock in ready and self.client.heard():
+                self.selector.unregister(self.client.sock)   # its next request: no more, for now
             if self.sock in ready:
                 return
-
-    def look_at_client(self) -> None:
-        """Why has the client become readable? Raise ClientLeft if it is the end."""
-        try:
-            left = not self.client.sock.recv(1, socket.MSG_PEEK)
-        except OSError:
-            left = True
-        if left:
-            raise ClientLeft
-        self.selector.unregister(self.client.sock)   # its next request: would be readable for ever
 
     def close(self) -> None:
         if not self.closed:
@@ -2975,6 +2976,21 @@ class Incoming:
             raise ClientLeft
         self.buffer += data
 
+    def early(self) -> bool:
+        """Take what has arrived already, if it is anything; ClientLeft if it is the end. (A peek
+        would do, if TLS knew one: there a readable socket may hold but half a record.)"""
+        try:
+            self.sock.setblocking(False)
+            data = self.sock.recv(64 * 1024)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError as error:
+            raise ClientLeft from error
+        if not data:
+            raise ClientLeft
+        self.buffer += data
+        return True
+
     def begins(self, seconds: float) -> bool:
         """Wait for a request; False if none comes. RFC 9112, 2.2: skip empty lines before it."""
         self.within(seconds)
@@ -3006,7 +3022,8 @@ class Incoming:
             self.receive()
 
 
-REQUEST_LINE = re.compile(rb"([A-Za-z]{1,20}) (/[!-~]*) HTTP/([0-9]\.[0-9])")
+REQUEST_LINE = re.compile(
+    rb"([A-Za-z]{1,20}) (?:https?://([!-.0-~]+))?(/[!-~]*) HTTP/([0-9]\.[0-9])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "content-type", "origin",
@@ -3020,7 +3037,7 @@ def read_head(incoming: Incoming, config: Config) -> Request:
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise APIError(400, "The request line is malformed.")
-    method, target, version = (part.decode("ascii") for part in match.groups())
+    method, authority, target, version = (part.decode("ascii") for part in match.groups(b""))
     if version not in ("1.0", "1.1"):
         raise APIError(505, f"HTTP {version} is not spoken here, HTTP/1.1 is.")
     if len(fields) > config.head_fields:
@@ -3028,6 +3045,8 @@ def read_head(incoming: Incoming, config: Config) -> Request:
     headers = read_fields(fields)
     if "host" not in headers and version == "1.1":
         raise APIError(400, "The Host header is missing.")
+    if authority:                                # RFC 9112, 3.2.2: it goes before the header
+        headers["host"] = authority
     path, _, query = target.partition("?")
     return Request(method, path, headers, version, dict(urllib.parse.parse_qsl(query)))
 
@@ -3111,21 +3130,40 @@ def is_loopback(host: str) -> bool:
 
 
 def admit(request: Request, config: Config) -> None:
-    """Refuse whom a web page sent, and who has no key. Programs send no Origin.
+    """Refuse whom a web page sent. Programs send no Origin.
 
     A page of another site reaches us directly, or by a name of its own that leads to 127.0.0.1."""
     if is_loopback(config.host) and not is_loopback(request.headers.get("host", "localhost")):
         raise APIError(403, "The Host header names another machine than this one.")
     origin = request.headers.get("origin")
-    if origin is not None and not is_loopback(origin.partition("://")[2]):
-        raise APIError(403, "Web pages of other machines are not served.")
-    if origin is None and request.headers.get("sec-fetch-site") == "cross-site":
-        raise APIError(403, "Web pages of other sites are not served.")
+    if origin is None:
+        if request.headers.get("sec-fetch-site") == "cross-site":
+            raise APIError(403, "Web pages of other sites are not served.")
+    elif origin not in config.allow_origin and not is_loopback(origin.partition("://")[2]):
+        raise APIError(403, "Web pages of other machines are not served, but for --allow-origin.")
+
+
+def demand_key(request: Request, config: Config) -> None:
     bearer = re.sub("^bearer +", "", request.headers.get("authorization", ""), flags=re.I)
     given = [key.encode("latin-1") for key in (request.headers.get("x-api-key", ""), bearer)]
     fits = [hmac.compare_digest(key.encode(), other) for key in config.api_key for other in given]
     if config.api_key and not any(fits):
         raise APIError(401, "The API key is missing or wrong.")
+
+
+def cross_origin(request: Request) -> Dict[str, str]:
+    """What lets the web page of an origin that was admitted read the reply (the Fetch standard,
+    CORS). A preflight asks for header fields, and the SDKs send many: all are granted."""
+    if "origin" not in request.headers:
+        return {}
+    fields = {"access-control-allow-origin": request.headers["origin"], "vary": "origin"}
+    if request.method != "OPTIONS":
+        return {**fields, "access-control-expose-headers": "request-id, x-request-id, retry-after, "
+                                                           "x-should-retry, x-ignored-fields"}
+    return {**fields, "access-control-allow-methods": allowed_methods(request.path),
+            "access-control-allow-headers":
+                request.headers.get("access-control-request-headers", "content-type"),
+            "access-control-max-age": "600"}
 
 
 def reported(fields: Iterable[str]) -> str:
@@ -3179,9 +3217,11 @@ class Exchange:
         length = body_length(request)
         self.unread = length != 0
         admit(request, self.config)
-        if request.method == "OPTIONS":
+        self.extra.update(cross_origin(request))
+        if request.method == "OPTIONS":          # a preflight cannot carry a key
             self.write(self.head(204, {"allow": allowed_methods(request.path)}))
             return
+        demand_key(request, self.config)
         route, request.argument = find_route(request)
         with contextlib.ExitStack() as running:
             if route.method == "POST":
@@ -3254,6 +3294,9 @@ class Exchange:
         if self.pings:
             self.pending.append(next(self.pings))
             self.flush()
+
+    def heard(self) -> bool:
+        return self.incoming.early()
 
     def end_stream(self) -> None:
         self.write(self.taken() + (b"0\r\n\r\n" if self.chunked() else b""))
@@ -3337,6 +3380,15 @@ def linger(sock: socket.socket, config: Config) -> None:
             incoming.buffer.clear()
 
 
+def tls_context(config: Config) -> Optional[ssl.SSLContext]:
+    """The certificate to show; None for plain HTTP. OSError if it cannot be read."""
+    if not config.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(config.tls_cert, config.tls_key or None)
+    return context
+
+
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
@@ -3346,6 +3398,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config
         self.request_queue_size = config.backlog
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self.tls = tls_context(config)
         self.draining = False
         self.running = 0
         self.rates = TokenRates()
@@ -3355,6 +3408,17 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)     # HTTPServer's asks DNS for our name, slowly
 
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept a connection. TLS shakes hands when its thread first reads, within idle_seconds:
+        here it would hold up all others."""
+        sock, address = super().get_request()
+        if self.tls is None:
+            return sock, address
+        return self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), address
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return threading.active_count() < self.config.connections
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         log_traceback()
 
@@ -3362,7 +3426,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         host, port = str(self.server_address[0]), self.server_address[1]
         name = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
-        return f"http://{name}:{port}"
+        return f"{'https' if self.tls else 'http'}://{name}:{port}"
 
     @contextlib.contextmanager
     def one_more(self) -> Iterator[None]:
@@ -3516,11 +3580,15 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     group.add_argument("--help", action="help", help="print this text and exit")
     values = vars(parser.parse_args(argv))
     try:
-        values.update(alias=tuple(values["alias"]), api_key=tuple(values["api_key"]),
-                      ollama=ollama_url(values["ollama"]))
-        return checked_config(Config(**values, ollama_key=environ.get("OLLAMA_API_KEY", "")))
+        values.update({name: tuple(value) for name, value in values.items()
+                       if isinstance(value, list)}, ollama=ollama_url(values["ollama"]))
+        config = checked_config(Config(**values, ollama_key=environ.get("OLLAMA_API_KEY", "")))
+        tls_context(config)
+        return config
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:                     # so is ssl.SSLError
+        parser.error(f"--tls-cert, --tls-key: cannot be used: {error}")
 
 
 EPILOG = """Each option is an environment variable as well: OLLAMA_API_PORT for --port, and so on;
@@ -3537,7 +3605,7 @@ def argument(field: Any, environ: Mapping[str, str]) -> JSON:
         default = [part for part in text.split(",") if part]
     elif how.get("action") == "store_true":
         default = text.lower() in ("1", "true", "yes", "on")
-    shown = f" ({field.default})" if field.default not in (None, (), False) else ""
+    shown = f" ({field.default})" if field.default not in (None, (), False, "") else ""
     return {**how, "default": default, "help": field.metadata["meaning"] + shown}
 
 
@@ -3550,6 +3618,9 @@ def checked_config(config: Config) -> Config:
             (config.default_stream in ("auto", "on", "off"), "--default-stream: auto, on or off"),
             (all(all(alias.partition("=")) for alias in config.alias),
              "--alias: must look like PATTERN=MODEL"),
+            (all(re.fullmatch(r"null|\w[\w.+-]*://[^/\s]+", each) for each in config.allow_origin),
+             "--allow-origin: must look like https://chat.example, without a path"),
+            (config.tls_cert or not config.tls_key, "--tls-key: needs a --tls-cert"),
             (is_loopback(config.host) or config.api_key or config.insecure,
              f"--host: {config.host} can be reached by others: add an --api-key, or --insecure")):
         if not ok:
@@ -3585,6 +3656,9 @@ class Nobody:
     def ping(self) -> None:
         pass
 
+    def heard(self) -> bool:
+        return False
+
 
 def banner(server: Server) -> str:
     """Where we listen, which Ollama was found or how to start it, and a line to try."""
@@ -3604,8 +3678,18 @@ def banner(server: Server) -> str:
     return "\n".join(lines)
 
 
+def allow_many_sockets() -> None:
+    """Raise this process's own limit of open files (256 on macOS, 1,024 on most Linux)."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource                          # not on Windows
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def main() -> int:
     config = parse_args(sys.argv[1:], os.environ)
+    allow_many_sockets()
     if config.demo:
         config = start_demo(config)
     try:

@@ -20,6 +20,7 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import http.client
 import http.server
@@ -34,6 +35,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -3218,6 +3220,26 @@ RAW = [
     ("Origin null", HEALTH + b"Origin: null\r\n\r\n", 403, True),
     ("local Origin", HEALTH + b"Origin: http://localhost:3000\r\nSec-Fetch-Site: cross-site\r\n\r\n",
      200, True),
+    ("two codings", CHUNKED + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, False),
+    ("coding with a no-break space",
+     POST + b"Transfer-Encoding: \xa0chunked\r\n\r\n0\r\n\r\n", 501, False),
+    ("chunks for HTTP/1.0", CHUNKED.replace(b"1.1", b"1.0") + b"\r\n0\r\n\r\n", 400, False),
+    ("negative length", POST + b"Content-Length: -1\r\n\r\n{}", 400, False),
+    ("length in other digits", POST + b"Content-Length: \xb2\r\n\r\n{}", 400, False),
+    ("endless length", POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400, False),
+    ("endless chunk extension", CHUNKED + b"\r\n2;" + b"a" * 300 + b"\r\n{}", 431, False),
+    ("endless chunk size", CHUNKED + b"\r\n" + b"0" * 30 + b"2\r\n{}\r\n", 400, False),
+    ("too many trailers", CHUNKED + b"\r\n2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 101, 431, False),
+    ("control byte in the target", b"GET /\x01 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, False),
+    ("no-break space", b"GET /health\xa0HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, False),
+    ("version without a dot", b"GET /health HTTP/11\r\nHost: localhost\r\n\r\n", 400, False),
+    ("absolute form", b"GET http://localhost:1/health HTTP/1.1\r\nHost: a\r\n\r\n", 200, True),
+    ("absolute form, foreign",
+     b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 403, True),
+    ("absolute form, with a user",
+     b"GET http://localhost@evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 403, True),
+    ("an unread body is no request", b"POST /nope HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+     b"%d\r\n\r\n" % len(HEALTH + b"\r\n") + HEALTH + b"\r\n", 404, False),
     ("foreign page", HEALTH + b"Sec-Fetch-Site: cross-site\r\n\r\n", 403, True),
 ]
 
@@ -3395,6 +3417,120 @@ class HTTP(ServerCase):
         for stderr in (closed, None):
             with mock.patch("sys.stderr", stderr):
                 REAL_LOG("a line")
+
+
+class WebPages(ServerCase):
+    """What a page in the user's browser can send, and what it gets."""
+    settings = {"allow_origin": ("https://chat.example",), "api_key": ("secret",)}
+    body = {"messages": [{"role": "user", "content": "Hello!"}]}
+
+    def test_a_page_of_another_site_reaches_nothing_by_a_form_without_preflight(self) -> None:
+        reply = self.ask("POST", CHAT, self.body, origin="https://evil.example",
+                         content_type="text/plain", sec_fetch_site="cross-site", x_api_key="secret")
+        self.assertEqual(reply.status, 403)
+        self.assertNotIn("access-control-allow-origin", reply.headers)
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_a_page_whose_name_was_rebound_to_this_machine_reaches_nothing(self) -> None:
+        data = json.dumps(self.body).encode()
+        reply = self.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: evil.example:8000\r\n"
+                         b"Origin: http://evil.example:8000\r\nSec-Fetch-Site: same-origin\r\n"
+                         b"Connection: close\r\nX-Api-Key: secret\r\n"
+                         b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        self.assertRegex(reply, b"^HTTP/1.1 403 ")
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_an_origin_that_is_allowed_gets_its_preflight_and_may_read_the_reply(self) -> None:
+        page = "https://chat.example"
+        preflight = self.ask("OPTIONS", CHAT, origin=page, access_control_request_method="POST",
+                             access_control_request_headers="authorization,x-stainless-os")
+        self.assertEqual(preflight.status, 204)
+        granted = {name[15:]: value for name, value in preflight.headers.items()
+                   if name.startswith("access-control-")}
+        self.assertEqual(granted, {
+            "allow-origin": page, "allow-methods": "OPTIONS, POST", "max-age": "600",
+            "allow-headers": "authorization,x-stainless-os"})
+        self.ollama.queue(Script())
+        for key, status in (("secret", 200), ("wrong", 401)):
+            reply = self.ask("POST", CHAT, self.body, origin=page, x_api_key=key)
+            self.assertEqual((reply.status, reply.headers["access-control-allow-origin"]),
+                             (status, page))
+            self.assertIn("request-id", reply.headers["access-control-expose-headers"])
+            self.assertEqual(reply.headers["vary"], "origin")
+
+    def test_what_looks_like_an_origin_that_is_allowed_is_not(self) -> None:
+        for origin in ("https://chat.example.evil.example", "http://chat.example", "null",
+                       "https://chat.example:8443", "https://localhost.evil.example"):
+            reply = self.ask("OPTIONS", CHAT, origin=origin, access_control_request_method="POST")
+            self.assertEqual(reply.status, 403, origin)
+            self.assertNotIn("access-control-allow-origin", reply.headers)
+
+
+# For localhost, until 2126; made with `openssl req -x509 -newkey ec`.
+PEM = """
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg99zIb2amo03mcDrs
+fx4XzfHyOWfMw3sSpv4QLLdTdAehRANCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGg
+Q7t3xD9gsEsYyKvIcVsh+KY/FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBP
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUR10BXLW/RgC3WLh0AnyDr+HaIlEwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA5NDcwNloYDzIxMjYxMDMx
+MDk0NzA2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGgQ7t3xD9gsEsYyKvIcVsh+KY/
+FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBPo28wbTAdBgNVHQ4EFgQUx1j33w+C0KHm
+EJUn5F1cCzwNYzEwHwYDVR0jBBgwFoAUx1j33w+C0KHmEJUn5F1cCzwNYzEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhAKAeC4mm9/obDAQKxwsUizezLFlhkantQpD5+x9Y5ynBAiEA
+sixfKzc4jmliFOJhepY8HXB78pQ1skjpAenq5HE/oIc=
+-----END CERTIFICATE-----
+"""
+
+
+class TLS(ServerCase):
+
+    def setUp(self) -> None:
+        folder = self.enterContext2(tempfile.TemporaryDirectory())
+        self.pem = os.path.join(folder, "pem")
+        Path(self.pem).write_text(PEM)
+        self.settings = {"tls_cert": self.pem, "linger_seconds": 0.2}
+        super().setUp()
+
+    def connect(self) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=self.pem)
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        return context.wrap_socket(sock, server_hostname="localhost")
+
+    def test_an_answer_is_streamed_and_the_next_request_may_come_early(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([content("The"), gate, done()]))
+        self.assertEqual(self.server.url, f"https://localhost:{self.port}")
+        with self.connect() as sock:
+            sock.sendall(post({"messages": USER}))
+            got = b""
+            while b"The" not in got:
+                got += sock.recv(65536)
+            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            got += b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertIn(b"[DONE]", got)
+        self.assertIn(b'"status": "ok"', got)
+
+    def test_a_client_that_leaves_frees_the_model(self) -> None:
+        script = self.ollama.queue(Script([threading.Event()]))
+        with self.connect() as sock:
+            sock.sendall(post({"messages": USER}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            self.assertFalse(script.left.wait(0.2))
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_who_speaks_plain_http_or_nothing_holds_up_nobody(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE):
+            self.assertNotIn(b"200", self.raw(HEALTH + b"\r\n"))
+            with self.connect() as sock:
+                sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+                self.assertRegex(sock.recv(65536), b"^HTTP/1.1 200 ")
 
 
 class Keys(ServerCase):
@@ -3628,6 +3764,69 @@ take_sigint = None if os.name == "nt" else functools.partial(
     signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
+@unittest.skipUnless(shutil.which("haproxy"), "haproxy is not installed")
+class HAProxy(ServerCase):
+    """README's configuration in front of two servers, each with an Ollama of its own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ollamas = [ScriptedOllama(), ScriptedOllama()]
+        for ollama in self.ollamas:
+            ollama.forever = lambda body: Script()
+            self.addCleanup(ollama.server_close)
+            self.addCleanup(ollama.shutdown)
+        servers = [self.serve(ollama=ollama.url, api_key=("SECRET",)) for ollama in self.ollamas]
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.port = unused.getsockname()[1]
+        readme = (HERE / "README.md").read_text()
+        text = readme.partition("```haproxy\n")[2].partition("```")[0]
+        for written, real in ((":8080 ", f"127.0.0.1:{self.port} "),
+                              ("127.0.0.1:8001", f"127.0.0.1:{servers[0].server_address[1]}"),
+                              ("127.0.0.1:8002", f"127.0.0.1:{servers[1].server_address[1]}")):
+            self.assertEqual(text.count(written), 1, written)
+            text = text.replace(written, real)
+        folder = self.enterContext2(tempfile.TemporaryDirectory())
+        Path(folder, "cfg").write_text(text)
+        process = subprocess.Popen(["haproxy", "-db", "-f", os.path.join(folder, "cfg")],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        self.eventually(lambda: not refused_now(self.port))
+
+    def one(self, number: int) -> Tuple[int, bool]:
+        path = (CHAT, MESSAGES)[number % 2]
+        reply = self.ask("POST", path, {"messages": USER, "stream": number % 3 > 0},
+                         x_api_key="SECRET")
+        return reply.status, "message_stop" in reply.text or "stop" in reply.text
+
+    def test_an_ollama_that_dies_under_load_fails_no_new_request(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            self.assertEqual(set(pool.map(self.one, range(100))), {(200, True)})
+            self.assertTrue(all(ollama.asked for ollama in self.ollamas), "one had no work")
+            self.ollamas[0].shutdown()
+            self.ollamas[0].server_close()
+            self.assertEqual(set(pool.map(self.one, range(200))), {(200, True)})
+
+    def test_a_client_that_leaves_frees_the_model(self) -> None:
+        script = Script([content("The"), threading.Event()])
+        for ollama in self.ollamas:
+            ollama.forever = lambda body: script
+        with self.open("POST", CHAT, {"messages": USER}, x_api_key="SECRET") as stream:
+            stream.until(b"The")
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_the_key_is_still_demanded(self) -> None:
+        self.assertEqual(self.ask("GET", "/v1/models").status, 401)
+
+
+def refused_now(port: int) -> bool:
+    with contextlib.suppress(ConnectionError):
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
+        return False
+    return True
+
+
 class Process(unittest.TestCase):
     """The file as a user starts it, from a folder that holds nothing else."""
 
@@ -3772,7 +3971,11 @@ class CommandLine(unittest.TestCase):
                            (["--ping", "0"], "--ping"), (["--ollama", "ftp://a"], "--ollama"),
                            (["--alias", "a"], "--alias"), (["--num-ctx", "0"], "--num-ctx"),
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
-                           (["--default-stream", "x"], "--default-stream")):
+                           (["--default-stream", "x"], "--default-stream"),
+                           (["--allow-origin", "*"], "--allow-origin"),
+                           (["--allow-origin", "https://a/b"], "--allow-origin"),
+                           (["--tls-key", "a"], "--tls-key"),
+                           (["--tls-cert", "/absent"], "--tls-cert")):
             with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
                 with self.assertRaises(SystemExit) as stopped:
                     self.parse(*argv)
