@@ -1087,7 +1087,7 @@ class Client(Protocol):
         """Show that the answer is still being worked on."""
 
     def heard(self) -> bool:
-        """Take what it sent unasked, if that is anything; ClientLeft if it is the end."""
+        """Take what it sent early; False if that is nothing. ClientLeft if it is the end."""
 
 
 class Upstream(io.RawIOBase):
@@ -1933,7 +1933,7 @@ def count_tokens(ollama: Ollama, request: Request) -> Answer:
 # Reasoning and Ollama's own settings are taken under every name that is in use for them.
 
 OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
-              "tool": "tool", "function": "tool"}
+                "tool": "tool", "function": "tool"}
 REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
     "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
     "xhigh": "max", "ultra": "max", "max": "max"}
@@ -2025,7 +2025,7 @@ def openai_think(body: JSON) -> Union[None, bool, str]:
 
 
 OPENAI_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-               429: "rate_limit_error"}
+                 429: "rate_limit_error"}
 
 
 def openai_error(error: APIError, _request_id: str) -> JSON:
@@ -2126,7 +2126,7 @@ def chat_said(turn: JSON, path: str, history: History) -> OllamaMessage:
                              path + ".tool_calls", dict):
         function = required(call, place + ".function", dict)
         calls.append(openai_earlier_call(function, place + ".function", history,
-                                 required(call, place + ".id", str)))
+                                         required(call, place + ".id", str)))
     legacy = optional(turn, path + ".function_call", dict)
     if legacy:
         calls.append(openai_earlier_call(legacy, path + ".function_call", history))
@@ -2691,6 +2691,12 @@ def responses_reply(chat: Chat, events: Iterator[Event]) -> JSON:
     return {**responses_object(chat), **responses_end(output, finish)}
 
 
+# For an item of text: the key of its parts, its frames' names, and what else those of a text have.
+TEXT_FRAMES: Dict[type, Tuple[str, str, str, JSON]] = {
+    Text: ("content", "content_part", "output_text", {"logprobs": []}),
+    Thinking: ("summary", "reasoning_summary_part", "reasoning_summary_text", {})}
+
+
 class ResponseStream:
     """The frames of one streamed response, which are numbered throughout."""
 
@@ -2721,8 +2727,9 @@ class ResponseStream:
         except APIError as error:
             if not self.number:
                 raise
+            told = openai_error(error, "")["error"]
             yield self.frame("failed", response={**self.response, "status": "failed", "error": {
-                "code": error.code or "server_error", "message": error.message}})
+                "code": told["code"] or "server_error", "message": told["message"]}})
 
     def items(self, events: Iterator[Event]) -> Iterator[bytes]:
         output: List[JSON] = []
@@ -2731,39 +2738,26 @@ class ResponseStream:
                 end = responses_end(output, next(run))
                 yield self.frame(end["status"], response={**self.response, **end})
             else:
-                of_kind: Any = {ToolCall: self.call, Thinking: self.reasoning, Text: self.message}
-                output.append((yield from of_kind[kind](index, run)))
+                frames = self.call(index, run) if kind is ToolCall else self.text(index, kind, run)
+                output.append((yield from frames))
 
-    def message(self, index: int, run: Iterator[Text]) -> Generator[bytes, None, JSON]:
-        item = responses_item(self.chat, Text, [])
-        place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+    def text(self, index: int, kind: type,
+             run: Iterator[Union[Text, Thinking]]) -> Generator[bytes, None, JSON]:
+        parts_key, part_frames, text_frames, more = TEXT_FRAMES[kind]
+        item = responses_item(self.chat, kind, [])
+        place = {"item_id": item["id"], "output_index": index, parts_key + "_index": 0}
+        status = {"status": "in_progress"} if "status" in item else {}
         yield self.frame("output_item.added", output_index=index,
-                         item={**item, "status": "in_progress", "content": []})
-        yield self.frame("content_part.added", **place, part=responses_part(""))
+                         item={**item, **status, parts_key: []})
+        yield self.frame(part_frames + ".added", **place, part=item[parts_key][0])
         parts = []
         for part in run:
             parts.append(part)
-            yield self.frame("output_text.delta", **place, delta=part.text, logprobs=[])
-        item = responses_item(self.chat, Text, parts, item["id"])
-        text = item["content"][0]["text"]
-        yield self.frame("output_text.done", **place, text=text, logprobs=[])
-        yield self.frame("content_part.done", **place, part=item["content"][0])
-        yield self.frame("output_item.done", output_index=index, item=item)
-        return item
-
-    def reasoning(self, index: int, run: Iterator[Thinking]) -> Generator[bytes, None, JSON]:
-        item = responses_item(self.chat, Thinking, [])
-        place = {"item_id": item["id"], "output_index": index, "summary_index": 0}
-        yield self.frame("output_item.added", output_index=index, item={**item, "summary": []})
-        yield self.frame("reasoning_summary_part.added", **place, part=item["summary"][0])
-        parts = []
-        for part in run:
-            parts.append(part)
-            yield self.frame("reasoning_summary_text.delta", **place, delta=part.text)
-        item = responses_item(self.chat, Thinking, parts, item["id"])
-        summary = item["summary"][0]
-        yield self.frame("reasoning_summary_text.done", **place, text=summary["text"])
-        yield self.frame("reasoning_summary_part.done", **place, part=summary)
+            yield self.frame(text_frames + ".delta", **place, delta=part.text, **more)
+        item = responses_item(self.chat, kind, parts, item["id"])
+        whole_part = item[parts_key][0]
+        yield self.frame(text_frames + ".done", **place, text=whole_part["text"], **more)
+        yield self.frame(part_frames + ".done", **place, part=whole_part)
         yield self.frame("output_item.done", output_index=index, item=item)
         return item
 
@@ -2964,32 +2958,32 @@ class Incoming:
         self.deadline = time.monotonic() + seconds
 
     def receive(self) -> None:
-        left = self.deadline - time.monotonic()
+        """Wait for more bytes, until the deadline."""
         try:
-            self.sock.settimeout(max(left, 0.001))
-            data = self.sock.recv(64 * 1024)
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            self.take()
         except socket.timeout as error:
             raise APIError(408, "The request did not arrive in time.") from error
         except OSError as error:
             raise ClientLeft from error
-        if not data:
-            raise ClientLeft
-        self.buffer += data
 
     def early(self) -> bool:
-        """Take what has arrived already, if it is anything; ClientLeft if it is the end. (A peek
-        would do, if TLS knew one: there a readable socket may hold but half a record.)"""
+        """Take what has arrived already; False if that is nothing. (A peek would do, if TLS knew
+        one; and there a readable socket may hold but half a record.)"""
         try:
             self.sock.setblocking(False)
-            data = self.sock.recv(64 * 1024)
+            self.take()
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError as error:
             raise ClientLeft from error
+        return True
+
+    def take(self) -> None:
+        data = self.sock.recv(64 * 1024)
         if not data:
             raise ClientLeft
         self.buffer += data
-        return True
 
     def begins(self, seconds: float) -> bool:
         """Wait for a request; False if none comes. RFC 9112, 2.2: skip empty lines before it."""
@@ -3417,6 +3411,7 @@ class Server(http.server.ThreadingHTTPServer):
         return self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Close a connection that would be one too many: to answer it would take a thread."""
         return threading.active_count() < self.config.connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3583,7 +3578,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         values.update({name: tuple(value) for name, value in values.items()
                        if isinstance(value, list)}, ollama=ollama_url(values["ollama"]))
         config = checked_config(Config(**values, ollama_key=environ.get("OLLAMA_API_KEY", "")))
-        tls_context(config)
+        tls_context(config)                      # here it can still be said in a line
         return config
     except ValueError as error:
         parser.error(str(error))
@@ -3682,9 +3677,10 @@ def allow_many_sockets() -> None:
     """Raise this process's own limit of open files (256 on macOS, 1,024 on most Linux)."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource                          # not on Windows
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def main() -> int:

@@ -10,7 +10,8 @@ were recorded to send. Most tests are conversations: what a client sends, what O
 Ollama answers, what the client gets. Where CI is set, a missing SDK is a failure and not a skip.
 
 Contents: the scripted Ollama, the runner, conversations, tables, schemas and tools, HTTP,
-behaviour over time, starting and stopping, real SDKs, programs built on them, the file itself.
+behaviour over time, starting and stopping, behind HAProxy, real SDKs, programs built on them, the
+file itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import http.client
 import http.server
@@ -3341,6 +3341,13 @@ class HTTP(ServerCase):
         self.port = self.serve(idle_seconds=0.05).server_address[1]
         self.assertEqual(self.raw(b""), b"")
 
+    def test_a_connection_too_many_is_closed_and_the_others_are_served(self) -> None:
+        port = self.port
+        self.port = self.serve(connections=1).server_address[1]
+        self.assertEqual(self.raw(b""), b"")
+        self.port = port
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
     def test_requests_on_one_connection_are_answered_in_order(self) -> None:
         self.ollama.queue(Script(), Script())
         question = post({"messages": USER})
@@ -3525,6 +3532,34 @@ class TLS(ServerCase):
             self.assertFalse(script.left.wait(0.2))
         self.assertTrue(script.left.wait(PATIENCE))
 
+    def test_half_a_record_while_an_answer_is_waited_for_is_nothing_yet(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = ssl.create_default_context(cafile=self.pem).wrap_bio(
+            incoming, outgoing, server_hostname="localhost")
+
+        def until(done: Callable[[], Any]) -> Any:
+            while True:
+                try:
+                    return done()
+                except ssl.SSLWantReadError:
+                    sock.sendall(outgoing.read())
+                    incoming.write(sock.recv(65536))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            until(tls.do_handshake)
+            tls.write(post({"messages": USER, "stream": False}))
+            sock.sendall(outgoing.read())
+            self.assertTrue(script.waits.wait(PATIENCE))
+            tls.write(HEALTH + b"Connection: close\r\n\r\n")
+            record = outgoing.read()
+            sock.sendall(record[:20])
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            self.assertIn(b"The sky is blue.", until(lambda: tls.read(65536)))
+            sock.sendall(record[20:])
+            self.assertIn(b'"status": "ok"', until(lambda: tls.read(65536)))
+
     def test_who_speaks_plain_http_or_nothing_holds_up_nobody(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE):
             self.assertNotIn(b"200", self.raw(HEALTH + b"\r\n"))
@@ -3590,6 +3625,18 @@ class OverTime(ServerCase):
         kinds = [frame["type"] for frame in frames]
         self.assertEqual(kinds, ["response.created", *["response.in_progress"] * (len(kinds) - 2), "response.failed"])
         self.assertEqual(len({frame["response"]["id"] for frame in frames}), 1)
+
+    def test_a_prompt_that_is_too_long_after_a_wait_is_told_in_openais_words(self) -> None:
+        gate = threading.Event()
+        error = {"error": {"code": 400, "type": "exceed_context_size_error", "n_ctx": 512,
+                           "message": "exceeds the available context size", "n_prompt_tokens": 600}}
+        self.ollama.queue(Script([gate, {"error": json.dumps(error)}], 400))
+        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
+            stream.until(b"response.in_progress")
+            gate.set()
+            frame = json.loads(stream.until(b"failed").rpartition(b"data: ")[2])
+        self.assertEqual(frame["response"]["error"]["code"], "context_length_exceeded")
+        self.assertIn("maximum context length is 512", frame["response"]["error"]["message"])
 
     def test_a_response_that_has_waited_goes_on_without_a_second_beginning(self) -> None:
         gate = threading.Event()
@@ -3683,6 +3730,18 @@ class OverTime(ServerCase):
         self.assertIn(b"The sky is blue.", reply)
         self.assertIn(b'"status": "ok"', reply)
 
+    def test_what_a_client_sends_early_does_not_fill_the_memory(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(post({"messages": USER, "stream": False}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            sock.settimeout(0.5)
+            with self.assertRaises(socket.timeout):         # the kernel's buffers are full
+                sock.sendall(b"x" * 64 * 1024 * 1024)
+            gate.set()
+            self.assertIn(b"The sky is blue.", sock.recv(65536))
+
     def test_tokens_that_arrive_together_leave_together(self) -> None:
         burst = b"".join(json.dumps(each).encode() + b"\n" for each in SKY)
         self.ollama.queue(Script([burst]))
@@ -3764,69 +3823,6 @@ take_sigint = None if os.name == "nt" else functools.partial(
     signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
-@unittest.skipUnless(shutil.which("haproxy"), "haproxy is not installed")
-class HAProxy(ServerCase):
-    """README's configuration in front of two servers, each with an Ollama of its own."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.ollamas = [ScriptedOllama(), ScriptedOllama()]
-        for ollama in self.ollamas:
-            ollama.forever = lambda body: Script()
-            self.addCleanup(ollama.server_close)
-            self.addCleanup(ollama.shutdown)
-        servers = [self.serve(ollama=ollama.url, api_key=("SECRET",)) for ollama in self.ollamas]
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            self.port = unused.getsockname()[1]
-        readme = (HERE / "README.md").read_text()
-        text = readme.partition("```haproxy\n")[2].partition("```")[0]
-        for written, real in ((":8080 ", f"127.0.0.1:{self.port} "),
-                              ("127.0.0.1:8001", f"127.0.0.1:{servers[0].server_address[1]}"),
-                              ("127.0.0.1:8002", f"127.0.0.1:{servers[1].server_address[1]}")):
-            self.assertEqual(text.count(written), 1, written)
-            text = text.replace(written, real)
-        folder = self.enterContext2(tempfile.TemporaryDirectory())
-        Path(folder, "cfg").write_text(text)
-        process = subprocess.Popen(["haproxy", "-db", "-f", os.path.join(folder, "cfg")],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.terminate)
-        self.eventually(lambda: not refused_now(self.port))
-
-    def one(self, number: int) -> Tuple[int, bool]:
-        path = (CHAT, MESSAGES)[number % 2]
-        reply = self.ask("POST", path, {"messages": USER, "stream": number % 3 > 0},
-                         x_api_key="SECRET")
-        return reply.status, "message_stop" in reply.text or "stop" in reply.text
-
-    def test_an_ollama_that_dies_under_load_fails_no_new_request(self) -> None:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            self.assertEqual(set(pool.map(self.one, range(100))), {(200, True)})
-            self.assertTrue(all(ollama.asked for ollama in self.ollamas), "one had no work")
-            self.ollamas[0].shutdown()
-            self.ollamas[0].server_close()
-            self.assertEqual(set(pool.map(self.one, range(200))), {(200, True)})
-
-    def test_a_client_that_leaves_frees_the_model(self) -> None:
-        script = Script([content("The"), threading.Event()])
-        for ollama in self.ollamas:
-            ollama.forever = lambda body: script
-        with self.open("POST", CHAT, {"messages": USER}, x_api_key="SECRET") as stream:
-            stream.until(b"The")
-        self.assertTrue(script.left.wait(PATIENCE))
-
-    def test_the_key_is_still_demanded(self) -> None:
-        self.assertEqual(self.ask("GET", "/v1/models").status, 401)
-
-
-def refused_now(port: int) -> bool:
-    with contextlib.suppress(ConnectionError):
-        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
-        return False
-    return True
-
-
 class Process(unittest.TestCase):
     """The file as a user starts it, from a folder that holds nothing else."""
 
@@ -3900,6 +3896,18 @@ class Process(unittest.TestCase):
         self.assertRegex(process.stderr,
                          rf"^ollama_api.py: cannot listen on 127.0.0.1 port {port}: .*\n$")
 
+    @unittest.skipIf(os.name == "nt", "Windows has no such limit")
+    def test_the_limit_of_open_files_is_raised_and_never_lowered(self) -> None:
+        code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import ollama_api\n"
+                "limit = resource.RLIMIT_NOFILE; hard = resource.getrlimit(limit)[1]\n"
+                "for soft in (64, hard):\n"
+                "    resource.setrlimit(limit, (soft, hard)); ollama_api.allow_many_sockets()\n"
+                "    print(resource.getrlimit(limit)[0], hard)")
+        shown = subprocess.run([sys.executable, "-c", code, str(HERE)], capture_output=True,
+                               text=True, timeout=30, check=True).stdout.split()
+        raised, hard, kept, _ = map(int, shown)
+        self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
+
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_sigterm_and_ctrl_c_let_running_streams_end(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3936,15 +3944,22 @@ class Process(unittest.TestCase):
             self.assertEqual(process.wait(2), -signal.SIGTERM)
 
 
+def refuses(host: str, port: int) -> bool:
+    """Whether, at this moment, a port accepts no connections."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return False
+    except ConnectionError:
+        return True
+
+
 def refused(host: str, port: int) -> bool:
     """Whether, within PATIENCE, a port stops to accept connections."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-            time.sleep(0.01)
-        except ConnectionError:
+        if refuses(host, port):
             return True
+        time.sleep(0.01)
     return False
 
 
@@ -3985,6 +4000,65 @@ class CommandLine(unittest.TestCase):
     def test_an_address_for_others_needs_a_key_or_a_word(self) -> None:
         self.assertEqual(self.parse("--host", "0.0.0.0", "--api-key", "k").host, "0.0.0.0")
         self.assertEqual(self.parse("--host", "0.0.0.0", "--insecure").host, "0.0.0.0")
+
+
+# ---- Behind HAProxy ------------------------------------------------------------------------------
+
+@unittest.skipUnless(shutil.which("haproxy"), "haproxy is not installed")
+class HAProxy(ServerCase):
+    """README's configuration in front of two servers, each with an Ollama of its own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ollamas = [ScriptedOllama(), ScriptedOllama()]
+        for ollama in self.ollamas:
+            ollama.forever = lambda body: Script()
+            self.addCleanup(ollama.server_close)
+            self.addCleanup(ollama.shutdown)
+        servers = [self.serve(ollama=ollama.url, api_key=("SECRET",)) for ollama in self.ollamas]
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.port = unused.getsockname()[1]
+        readme = (HERE / "README.md").read_text()
+        text = readme.partition("```haproxy\n")[2].partition("```")[0]
+        for written, real in ((":8080 ", f"127.0.0.1:{self.port} "),
+                              ("127.0.0.1:8001", f"127.0.0.1:{servers[0].server_address[1]}"),
+                              ("127.0.0.1:8002", f"127.0.0.1:{servers[1].server_address[1]}")):
+            self.assertEqual(text.count(written), 1, written)
+            text = text.replace(written, real)
+        folder = self.enterContext2(tempfile.TemporaryDirectory())
+        Path(folder, "cfg").write_text(text)
+        process = subprocess.Popen(["haproxy", "-db", "-f", os.path.join(folder, "cfg")],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        self.eventually(lambda: not refuses("127.0.0.1", self.port))
+
+    def one(self, number: int) -> Tuple[int, bool]:
+        path = (CHAT, MESSAGES)[number % 2]
+        reply = self.ask("POST", path, {"messages": USER, "stream": number % 3 > 0},
+                         x_api_key="SECRET")
+        whole = re.search('"message_stop"|"end_turn"|"finish_reason": "stop"', reply.text)
+        return reply.status, whole is not None
+
+    def test_an_ollama_that_dies_under_load_fails_no_new_request(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            self.assertEqual(set(pool.map(self.one, range(100))), {(200, True)})
+            self.assertTrue(all(ollama.asked for ollama in self.ollamas), "one had no work")
+            self.ollamas[0].shutdown()
+            self.ollamas[0].server_close()
+            self.assertEqual(set(pool.map(self.one, range(200))), {(200, True)})
+
+    def test_a_client_that_leaves_frees_the_model(self) -> None:
+        script = Script([content("The"), threading.Event()])
+        for ollama in self.ollamas:
+            ollama.forever = lambda body: script
+        with self.open("POST", CHAT, {"messages": USER}, x_api_key="SECRET") as stream:
+            stream.until(b"The")
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_the_key_is_still_demanded(self) -> None:
+        self.assertEqual(self.ask("GET", "/v1/models").status, 401)
 
 
 # ---- Real SDKs -----------------------------------------------------------------------------------
