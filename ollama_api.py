@@ -3232,8 +3232,9 @@ class Exchange:
         if headers.get("expect", "").lower() == "100-continue":
             fitting(length or 0, self.config)
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = parse_body(read_body(self.incoming, length, self.config), self.config.json_depth)
+        data = read_body(self.incoming, length, self.config)
         self.unread = False
+        body = parse_body(data, self.config.json_depth)
         if body.get("model") is None:
             body["model"] = self.config.model
         return body

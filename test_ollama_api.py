@@ -10,8 +10,8 @@ were recorded to send. Most tests are conversations: what a client sends, what O
 Ollama answers, what the client gets. Where CI is set, a missing SDK is a failure and not a skip.
 
 Contents: the scripted Ollama, the runner, conversations, tables, schemas and tools, HTTP,
-behaviour over time, starting and stopping, behind HAProxy, real SDKs, programs built on them, the
-file itself.
+behaviour over time, a failing Ollama, starting and stopping, behind HAProxy, real SDKs, programs
+built on them, the file itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import http.client
 import http.server
@@ -63,6 +64,12 @@ PATIENCE = 10.0     # seconds: the end of every wait for something that should h
 # what a script waits for is an Event, so that no test guesses at times.
 
 CUT = "CUT"         # a step: close the connection in the middle of the answer
+RESET = "RESET"     # a step: the same with a TCP reset
+NO_LINGER = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1, 0)
+
+
+class Wire(bytes):
+    """A step: bytes that are sent as they are, as the head or without the frame of a chunk."""
 
 
 def line(message: Dict[str, Any], **more: Any) -> Dict[str, Any]:
@@ -111,7 +118,7 @@ PS = {"models": [{"name": "plain:latest", "model": "plain:latest", "size": 74127
 
 @dataclass
 class Script:
-    """One answer. A step is a line (a dict), raw bytes, CUT, or an Event to wait for."""
+    """One answer. A step is a line (a dict), bytes, Wire, CUT, RESET, or an Event to wait for."""
     steps: Iterable[Any] = field(default_factory=lambda: SKY)
     status: int = 200
     kind: str = "application/x-ndjson"
@@ -180,6 +187,14 @@ class ScriptedHandler(http.server.BaseHTTPRequestHandler):
                 if not self.wait(step, script):
                     return
                 continue
+            if isinstance(step, Wire):
+                self.wfile.write(step)
+                started = True
+                continue
+            if step is RESET:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+                self.connection.close()
+                return
             started = started or self.start(script)
             if step is CUT:
                 return
@@ -3304,7 +3319,8 @@ class HTTP(ServerCase):
                 if status >= 400:
                     body = reply.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1 200")[0]
                     self.assertIn("message", json.loads(body)["error"])
-        self.assertEqual(self.ollama.asked, [])
+                self.assertEqual(self.ask("GET", "/health").status, 200)
+                self.assertEqual(self.ollama.asked, [])
 
     def test_chunked_bodies_with_extensions_and_trailers_are_read(self) -> None:
         self.ollama.queue(Script())
@@ -3347,6 +3363,45 @@ class HTTP(ServerCase):
         self.assertEqual(self.raw(b""), b"")
         self.port = port
         self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_bytes_that_trickle_in_have_one_deadline_for_all(self) -> None:
+        self.port = self.serve(head_seconds=0.2, body_seconds=0.2, body_bytes=999,
+                               linger_seconds=0.1).server_address[1]
+        for beginning in (b"", POST + b"Content-Length: 900\r\n\r\n", CHUNKED + b"\r\n"):
+            with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+                sock.sendall(beginning)
+                end = time.monotonic() + PATIENCE
+                while not select.select([sock], [], [], 0.02)[0] and time.monotonic() < end:
+                    sock.sendall(b"0")
+                self.assertLess(time.monotonic(), end, "it waits as long as something comes")
+                self.assertRegex(sock.recv(65536), b"^HTTP/1.1 408 ")
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_a_body_that_is_cut_short_is_not_used(self) -> None:
+        data = post({"messages": USER, "stream": False})
+        for request in (data.replace(b"Length: ", b"Length: 9"),
+                        CHUNKED + b"\r\n2\r\n{}\r\n", CHUNKED + b"\r\n2\r\n{}\r\n0\r\n"):
+            with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+                sock.sendall(request)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(sock.recv(65536), b"")
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_a_connection_carries_on_after_errors(self) -> None:
+        self.ollama.queue(Script([{"error": "model 'a' not found"}], 404), Script([CUT]), Script())
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection.connect()
+        sock = connection.sock
+        for path, body, status in (
+                (CHAT, "{", 400), (MESSAGES, '{"messages": 5}', 400), ("/nope", None, 404),
+                (CHAT, None, 405), (CHAT, '{"messages": [{"role": "user", "content": ""}]}', 404),
+                (MESSAGES, json.dumps({"messages": USER}), 502),
+                (MESSAGES, json.dumps({"messages": USER}), 200)):
+            connection.request("GET" if body is None else "POST", path, body)
+            with connection.getresponse() as response:
+                self.assertEqual((response.status, bool(response.read())), (status, True))
+                self.assertIs(connection.sock, sock, f"closed after {path} {body}")
+        connection.close()
 
     def test_requests_on_one_connection_are_answered_in_order(self) -> None:
         self.ollama.queue(Script(), Script())
@@ -3587,6 +3642,13 @@ class Keys(ServerCase):
 
 # ---- Behaviour over time -------------------------------------------------------------------------
 
+# A dialect: its path, the question, what says that an answer is whole.
+DIALECTS: Tuple[Tuple[str, Dict[str, Any], str], ...] = (
+    (CHAT, {"messages": USER}, r'"finish_reason": "|DONE'),
+    (MESSAGES, {"messages": USER}, '"stop_reason": "|message_stop'),
+    (RESPONSES, {"input": "Hi"}, '"completed"|response.completed'))
+
+
 class OverTime(ServerCase):
     settings = {"ping": 0.05}
 
@@ -3688,11 +3750,11 @@ class OverTime(ServerCase):
             self.assertEqual(stream.reply().json["content"][0]["text"], "The sky is blue.")
 
     def test_a_client_that_leaves_frees_the_model(self) -> None:
-        for path, stream, first in itertools.product((CHAT, MESSAGES), (True, False),
-                                                     (True, False)):
+        for (path, body, _), stream, first in itertools.product(DIALECTS, (True, False),
+                                                                (True, False)):
             with self.subTest(path=path, stream=stream, after_the_first_token=first):
                 script = self.ollama.queue(Script([content("The")] * first + [threading.Event()]))
-                connection = self.open("POST", path, {"messages": USER, "stream": stream})
+                connection = self.open("POST", path, {**body, "stream": stream})
                 self.assertTrue(script.waits.wait(PATIENCE))
                 if first and stream:
                     connection.until(b"The")
@@ -3706,7 +3768,7 @@ class OverTime(ServerCase):
         script = self.ollama.queue(Script([content("The"), threading.Event()]))
         stream = self.open("POST", CHAT, {"messages": USER})
         stream.until(b"The")
-        stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         with stream:
             pass
         self.assertTrue(script.left.wait(PATIENCE))
@@ -3758,6 +3820,101 @@ class OverTime(ServerCase):
         self.assertEqual(reply.count(b"word "), 5000)
         self.assertLessEqual(max(chunk.count(b"data: ") for chunk in chunks), 256)
 
+    def test_a_client_that_does_not_read_pauses_ollama(self) -> None:
+        script, counter = self.endless()
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            stream.until(b"word")
+            paused = self.still(counter)
+            self.assertLess(paused * 10_000, 64 * 1024 * 1024)        # the kernel's buffers
+            for _ in range(2000):
+                stream.response.read1(65536)
+            self.eventually(lambda: counter[0] > paused)
+            self.assertFalse(script.left.is_set())
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_client_that_does_not_read_for_too_long_is_gone(self) -> None:
+        self.port = self.serve(write_seconds=0.1).server_address[1]
+        script, _ = self.endless()
+        with self.open("POST", CHAT, {"messages": USER}):
+            self.assertTrue(script.left.wait(PATIENCE), "it still waits for the client")
+
+    def test_a_client_that_reads_slowly_gets_all(self) -> None:
+        self.port = self.serve(write_seconds=0.5).server_address[1]
+        self.ollama.queue(Script([*[content("word " * 12_000)] * 500, done()]))
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            size = 0
+            for _ in range(5):                   # twice as long as write_seconds, in all
+                size += len(stream.response.read(4_000_000))
+                time.sleep(0.2)
+            size += len(stream.response.read())
+        self.assertGreater(size, 500 * 60_000)
+
+    def endless(self) -> Tuple[Script, List[int]]:
+        """A model that never ends, and how many lines of 10 KB it got rid of."""
+        counter = [0]
+
+        def lines() -> Iterator[Any]:
+            while True:
+                yield content("word " * 2000)
+                counter[0] += 1
+        return self.ollama.queue(Script(lines())), counter
+
+    def still(self, counter: List[int]) -> int:
+        """The value of a counter that has stopped to change."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            before = counter[0]
+            time.sleep(0.3)
+            if counter[0] == before:
+                return before
+        raise AssertionError("it goes on and on")
+
+    def test_a_client_that_half_closes_has_left(self) -> None:
+        script = self.ollama.queue(Script([threading.Event()]))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(post({"messages": USER}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            sock.shutdown(socket.SHUT_WR)
+            self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_burst_of_200_clients_is_served(self) -> None:
+        self.ollama.forever = lambda body: Script()
+        socks = []
+        for _ in range(200):
+            sock = socket.socket()
+            self.addCleanup(sock.close)
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(("127.0.0.1", self.port))
+            socks.append(sock)
+        for sock in socks:
+            sock.settimeout(PATIENCE)
+            self.assertTrue(select.select([], [sock], [], PATIENCE)[1])
+            sock.sendall(post({"messages": USER}, b"Connection: close\r\n"))
+        for sock in socks:
+            with sock, sock.makefile("rb") as reply:
+                self.assertIn(b"[DONE]", reply.read())
+
+    def test_1500_idle_connections_hold_up_nobody(self) -> None:
+        self.needs_sockets(3200)
+        threads = threading.active_count()
+        with contextlib.ExitStack() as idle:
+            for number in range(1500):
+                sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+                idle.enter_context(sock)
+                sock.sendall((b"", b"GET /he")[number % 2])
+            self.ollama.queue(Script())
+            began = time.monotonic()
+            self.assertIn("[DONE]", self.ask("POST", CHAT, {"messages": USER}).text)
+            self.assertLess(time.monotonic() - began, 2)
+        self.eventually(lambda: threading.active_count() <= threads)
+
+    def needs_sockets(self, number: int) -> None:
+        ollama_api.allow_many_sockets()
+        resource = importlib.import_module("resource") if os.name != "nt" else None
+        if resource is None or 0 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] < number:
+            self.skipTest(f"fewer than {number} open files are allowed")
+
     def test_parallel_streams_do_not_mix(self) -> None:
         def echo(body: Any) -> Script:
             words = body["messages"][0]["content"].split(" ")
@@ -3791,29 +3948,124 @@ class OverTime(ServerCase):
             gate.set()
             stream.until(b"[DONE]")
 
-    def test_what_an_ollama_may_send_that_is_no_answer(self) -> None:
-        for steps_, status, words in (
-                ([b"{broken\n"], 502, "not JSON"), ([b"[1]\n"], 502, "not an object"),
-                ([CUT], 502, "IncompleteRead"), ([], 502, "without saying that it was done"),
-                ([content("a"), b'{"message": "b"}\n'], 502, "Ollama failed"),
-                ([line({"content": 5})], 502, "content is 5"),
-                ([line({"thinking": ["a"]})], 502, 'thinking is [\\"a\\"]'),
-                ([line({"content": "a"}, done="yes")], 502, 'done is \\"yes\\"'),
-                ([line({}, done=True, eval_count="6")], 502, "eval_count is"),
-                ([line({}, done=True, done_reason={})], 502, "done_reason is {}"),
-                ([{"error": {"message": 5}}], 502, "message is 5"),
-                ([line({"tool_calls": {"name": "a"}}), done()], 502, "tool_calls is {"),
-                ([line({"tool_calls": ["a"]}), done()], 502, "without a name: {}"),
-                ([line(calls(("", {}))), done()], 502, "without a name: {"),
-                ([line(calls(("a", "{}"))), done()], 502, 'arguments is \\"{}\\"'),
-                ([json.dumps(done()).encode()], 200, "stop"),            # no newline at the end
-                ([*SKY, b"{broken\n"], 200, "The sky is blue."),         # after the answer
-                ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], 200, "\\u00fc")):
-            with self.subTest(words):
-                self.ollama.queue(Script(steps_))
-                reply = self.ask("POST", CHAT, {"messages": USER, "stream": False})
-                self.assertEqual(reply.status, status, reply.text)
-                self.assertIn(words, reply.text)
+
+# ---- A failing Ollama ----------------------------------------------------------------------------
+# What an Ollama may send that is no answer. Each fault is tried in the three dialects, streamed and
+# not: a client gets a status as long as there is time for one, else an error as the last frame, and
+# never a word that would make the answer look whole.
+
+# The steps of a fault in the body, and words of the error: a 502, before or after the first token.
+BROKEN: List[Tuple[List[Any], str]] = [
+    ([RESET], "ConnectionResetError"), ([CUT], "IncompleteRead"),
+    ([], "without saying that it was done"),
+    ([Wire(b"fff\r\n{"), CUT], "IncompleteRead"), ([Wire(b"zz\r\n{"), CUT], "IncompleteRead"),
+    ([b"{broken\n"], "not JSON"), ([b"[1]\n"], "not an object"),
+    ([b"[" * 5000 + b"\n"], "not JSON"), ([b'{"message": {"content": "\xff"}}\n'], "not JSON"),
+    ([b'{"message": {"content": "' + b"x" * 10000], "a line of more than 9999 bytes"),
+    ([b"<html>Bad Gateway</html>"], "not JSON"), ([b"\x1f\x8b\x08\0\n"], "not JSON"),
+    ([{"error": "boom"}], "Ollama failed: boom"), ([{"error": "boom"}, *SKY], "failed: boom"),
+    ([{"error": {"message": 5}}], "message is 5"), ([b'{"message": "b"}\n'], "Ollama failed"),
+    ([line({"content": 5})], "content is 5"), ([line({"thinking": ["a"]})], 'thinking is ["a"]'),
+    ([line({}, done="yes")], 'done is "yes"'),
+    ([line({}, done=True, eval_count="6")], "eval_count is"),
+    ([line({}, done=True, done_reason={})], "done_reason is {}"),
+    ([line({"tool_calls": {"name": "a"}}), done()], "tool_calls is {"),
+    ([line({"tool_calls": ["a"]}), done()], "without a name: {}"),
+    ([line(calls(("", {}))), done()], "without a name: {"),
+    ([line(calls(("a", "{}"))), done()], 'arguments is "{}"')]
+
+
+def head_of(status: str, *fields: str, body: str = "") -> Wire:
+    return Wire("\r\n".join(["HTTP/1.1 " + status, *fields, "", body]).encode())
+
+
+# An answer whose head is at fault, the status and words of the error.
+HEADS = [
+    (head_of("502 Bad Gateway", "Content-Type: text/html", body="<html>nginx</html>"),
+     502, "<html>nginx</html>"),
+    (head_of("302 Found", "Location: /api/tags", "Content-Length: 0"), 502, "answered 302"),
+    (head_of("301 Moved Permanently", "Location: http://127.0.0.1:1/"), 502, "answered 301"),
+    (head_of("200 OK", "Content-Encoding: gzip", body="\x1f\x08\n"), 502, "not JSON"),
+    (head_of("200 OK", "Content-Length: 99", body='{"message": {"content": ""}}\n'),
+     502, "without saying that it was done"),
+    (head_of("200 OK", "Content-Length: 0"), 502, "without saying that it was done"),
+    (head_of("204 No Content"), 502, "answered 204"),
+    (head_of("200 OK", "Content-Length: 5", "Transfer-Encoding: nonsense"), 502, "done"),
+    (head_of("200 OK", *["A: b"] * 200), 502, "broke off"),
+    (head_of("200 OK", "A: " + "b" * 70000), 502, "broke off"),
+    (Wire(b"HTTP/1.1 200 OK\r\nContent-"), 502, "done"), (RESET, 502, "broke off"),
+    (Wire(b"SSH-2.0-OpenSSH_9.2\r\n"), 502, "BadStatusLine"), (Wire(b""), 502, "RemoteDisc"),
+    (head_of("503 Service Unavailable", body='{"error": "server busy, please try again"}'),
+     503, "server busy"),
+    (head_of("429 Too Many Requests", body='{"error": "slow down"}'), 429, "slow down"),
+    (head_of("401 Unauthorized", "WWW-Authenticate: Basic", body="unauthorized"),
+     401, "unauthorized")]
+
+
+class FailingOllama(ServerCase):
+    settings = {"line_bytes": 9999}
+
+    def faults(self, path: str, body: Any, script: Script) -> Iterator[Tuple[bool, Reply]]:
+        """What a client gets, streamed and not, while no more than one question is asked."""
+        for stream in (True, False):
+            self.ollama.asked.clear()
+            self.ollama.queue(script)
+            yield stream, self.ask("POST", path, {**body, "stream": stream})
+            self.assertEqual((len(self.ollama.asked), self.ollama.scripts), (1, []))
+
+    def refused(self, reply: Reply, status: int, words: str) -> None:
+        """It is an error in the words of its dialect, and says whether to ask again."""
+        self.assertEqual((reply.status, reply.kind), (status, "application/json"))
+        self.assertIn(words, reply.json["error"]["message"])
+        self.assertEqual("x-should-retry" in reply.headers, "retry-after" not in reply.headers)
+
+    def test_an_answer_that_fails_before_the_first_token_is_a_502(self) -> None:
+        for (path, body, _), (steps_, words) in itertools.product(DIALECTS, BROKEN):
+            for stream, reply in self.faults(path, body, Script([content(""), *steps_])):
+                with self.subTest(path=path, steps=str(steps_)[:80], stream=stream):
+                    self.refused(reply, 502, words)
+
+    def test_an_answer_that_fails_after_the_first_token_does_not_look_whole(self) -> None:
+        for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, BROKEN):
+            for stream, reply in self.faults(path, body, Script([content("The"), *steps_])):
+                with self.subTest(path=path, steps=str(steps_)[:80], stream=stream):
+                    if not stream:
+                        self.refused(reply, 502, words)
+                        continue
+                    self.assertEqual(reply.status, 200)
+                    self.assertIn('"The"', reply.text)
+                    self.assertNotIn("sky", reply.text)
+                    self.assertIsNone(re.search(whole, reply.text))
+                    last = reply.text.split("data: ")[-1]
+                    self.assertIn(json.dumps(words)[1:-1], last)
+                    self.assertIn("error", json.loads(last).get("response") or json.loads(last))
+
+    def test_an_answer_whose_head_is_at_fault_is_a_status(self) -> None:
+        for (path, body, _), (head, status, words) in itertools.product(DIALECTS, HEADS):
+            for stream, reply in self.faults(path, body, Script([head, CUT])):
+                with self.subTest(path=path, head=head[:80], stream=stream):
+                    self.refused(reply, status, words)
+
+    def test_an_ollama_that_takes_no_connection_is_a_503_that_says_what_to_do(self) -> None:
+        self.ollama.shutdown()
+        self.ollama.server_close()
+        for (path, body, _), stream in itertools.product(DIALECTS, (True, False)):
+            reply = self.ask("POST", path, {**body, "stream": stream})
+            self.assertEqual(reply.status, 503)
+            self.assertIn("ollama serve", reply.json["error"]["message"])
+
+    def test_what_looks_like_a_fault_and_is_none(self) -> None:
+        harmless: List[Tuple[List[Any], str]] = [
+            ([json.dumps(done()).encode()], ""),                         # no newline at the end
+            ([*SKY, b"{broken\n"], "blue"), ([*SKY, RESET], "blue"),        # after the answer
+            ([b"\n", *SKY[:2], b"\n\n", *SKY[2:]], "blue"),
+            ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], "\\u00fc")]
+        for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, harmless):
+            for stream, reply in self.faults(path, body, Script(steps_)):
+                with self.subTest(path=path, words=words, stream=stream):
+                    self.assertEqual(reply.status, 200)
+                    self.assertIn(words, reply.text)
+                    self.assertIsNotNone(re.search(whole, reply.text))
 
 
 # ---- Starting and stopping -----------------------------------------------------------------------
