@@ -297,22 +297,28 @@ plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of 
 # collected in Chat.ignored, and reported in the header x-ignored-fields.
 
 REPORTED_FIELDS = 64
+INTEGER_DIGITS = 4300              # as newer CPythons have it
 STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def strict_json(data: bytes, depth: int) -> Any:
     """JSON (RFC 8259): strict UTF-8, of bounded depth, without what json.loads takes but Ollama
-    does not: NaN, Infinity, floats out of range, lone surrogates. ValueError says why not."""
+    does not: NaN, Infinity, floats out of range, lone surrogates. ValueError says why not. Of equal
+    keys the last counts. Long integers take a time that grows with the square of their length."""
     def refuse(what: str) -> NoReturn:
         raise ValueError(f"{what} is not JSON")
 
     def finite(digits: str) -> float:
         return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
 
+    def bounded(digits: str) -> int:
+        return int(digits) if len(digits) <= INTEGER_DIGITS else refuse(digits[:20] + "...")
+
     if nested_deeper(data, depth):
         raise ValueError(f"it is nested deeper than {depth} levels")
-    value = json.loads(data.decode(), parse_constant=refuse, parse_float=finite)
+    value = json.loads(data.decode(), parse_constant=refuse, parse_float=finite,
+                       parse_int=bounded)
     if b"\\u" in data:
         json.dumps(value, ensure_ascii=False).encode()         # fails on a lone surrogate
     return value
@@ -3451,9 +3457,14 @@ class Server(http.server.ThreadingHTTPServer):
 def log(text: str) -> None:
     """A line to stderr, control bytes escaped; a closed or absent stderr breaks nothing."""
     safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), safe, file=sys.stderr, flush=True)
+    stderr = sys.stderr
+    try:
+        if stderr is not None:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), safe, file=stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = None                        # or what is left in it fails at exit: status 120
+    except (OSError, ValueError):
+        pass
 
 
 def log_traceback() -> None:

@@ -2313,6 +2313,8 @@ BAD_BODIES = [
     (CHAT, b"null", "The body must be a JSON object, not null."),
     (CHAT, b'{"temperature": NaN}', "The body is not JSON: NaN is not JSON."),
     (CHAT, b'{"temperature": 1e999}', "The body is not JSON: 1e999 is not JSON."),
+    (CHAT, b'{"seed": ' + b"9" * 1_000_000 + b"}", "The body is not JSON: 99999999999999999999..."),
+    (CHAT, b'{"temperature": -Infinity}', "The body is not JSON: -Infinity is not JSON."),
     (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
     (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
     (CHAT, b"[" * 100000, "The body is not JSON: it is nested deeper than 200 levels."),
@@ -2390,6 +2392,18 @@ class Tables(ServerCase):
                     self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
                 self.assertEqual(reply.headers["x-should-retry"], "false")
         self.assertEqual(self.ollama.asked, [])
+
+    def test_of_equal_keys_the_last_counts_and_long_numbers_come_through(self) -> None:
+        self.ollama.queue(Script())
+        number = int("9" * 4300)
+        reply = self.ask("POST", CHAT, b'{"messages": 5, "model": "a", "model": "b", "messages": '
+                         b'[{"role": "user", "content": "Hi"}], "tools": [{"function": {"name": "f",'
+                         b'"parameters": {"properties": {"a": {"enum": [%d]}}}}}]}' % number)
+        self.assertEqual(reply.status, 200, reply.text)
+        (_, asked), = self.ollama.asked
+        self.assertEqual((asked["model"], asked["messages"][0]["content"]), ("b", "Hi"))
+        properties = asked["tools"][0]["function"]["parameters"]["properties"]
+        self.assertEqual(properties["a"]["enum"], [number])
 
     def test_refusals_of_ollama(self) -> None:
         for status, text, ours, message in REFUSALS:
@@ -3840,14 +3854,14 @@ class OverTime(ServerCase):
 
     def test_a_client_that_reads_slowly_gets_all(self) -> None:
         self.port = self.serve(write_seconds=0.5).server_address[1]
-        self.ollama.queue(Script([*[content("word " * 12_000)] * 500, done()]))
+        self.ollama.queue(Script([content("word " * 6_000_000), done()]))
         with self.open("POST", CHAT, {"messages": USER}) as stream:
             size = 0
             for _ in range(5):                   # twice as long as write_seconds, in all
                 size += len(stream.response.read(4_000_000))
                 time.sleep(0.2)
             size += len(stream.response.read())
-        self.assertGreater(size, 500 * 60_000)
+        self.assertGreater(size, 30_000_000)
 
     def endless(self) -> Tuple[Script, List[int]]:
         """A model that never ends, and how many lines of 10 KB it got rid of."""
@@ -3868,6 +3882,27 @@ class OverTime(ServerCase):
             if counter[0] == before:
                 return before
         raise AssertionError("it goes on and on")
+
+    def test_a_server_that_is_about_to_leave_takes_no_new_work(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([content("The"), gate, done()]))
+        kept = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        kept.request("GET", "/health")
+        kept.getresponse().read()
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            stream.until(b"The")
+            leaving = threading.Thread(target=self.server.drain)
+            leaving.start()
+            self.eventually(lambda: self.server.draining)
+            kept.request("POST", CHAT, json.dumps({"messages": USER}))
+            with kept.getresponse() as reply:
+                self.assertEqual((reply.status, reply.headers["connection"]), (503, "close"))
+                self.assertIn(b"shutting down", reply.read())
+            self.assertTrue(leaving.is_alive())
+            gate.set()
+            stream.until(b"[DONE]")
+            leaving.join(PATIENCE)
+            self.assertFalse(leaving.is_alive())
 
     def test_a_client_that_half_closes_has_left(self) -> None:
         script = self.ollama.queue(Script([threading.Event()]))
@@ -4075,21 +4110,42 @@ take_sigint = None if os.name == "nt" else functools.partial(
     signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
-class Process(unittest.TestCase):
+COMMAND = (sys.executable, "-I", str(HERE / "ollama_api.py"))
+IMPATIENT = """
+import dataclasses, sys
+sys.path.insert(0, sys.argv.pop(1))
+import ollama_api as it
+parse_args = it.parse_args
+it.parse_args = lambda *given: dataclasses.replace(parse_args(*given), grace_seconds=0.3)
+sys.exit(it.main())
+"""
+
+
+class ProcessCase(unittest.TestCase):
     """The file as a user starts it, from a folder that holds nothing else."""
 
-    def start(self, *options: str, **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
+    def start(self, *options: str, command: Sequence[str] = COMMAND, stderr: Any = subprocess.PIPE,
+              **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
         inherited = {name: value for name, value in os.environ.items()
                      if not name.startswith(("OLLAMA", "PYTHON"))}
         process = subprocess.Popen(
-            [sys.executable, "-I", str(HERE / "ollama_api.py"), "--port", "0", *options],
+            [*command, "--port", "0", *options],
             env={**inherited, **environ}, text=True, preexec_fn=take_sigint,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            stdout=subprocess.PIPE, stderr=stderr)
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         assert process.stdout
         banner = [process.stdout.readline().rstrip() for _ in range(3)]
         return process, banner, int(banner[0].rpartition(":")[2])
+
+    def scripted(self) -> ScriptedOllama:
+        ollama = ScriptedOllama()
+        self.addCleanup(ollama.server_close)
+        self.addCleanup(ollama.shutdown)
+        return ollama
+
+
+class Process(ProcessCase):
 
     def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
         _, banner, port = self.start("--demo")
@@ -4161,39 +4217,128 @@ class Process(unittest.TestCase):
         self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
+        absent = ("sh", "-c", 'exec "$0" "$@" 2>&-', *COMMAND)
+        for command in (COMMAND, absent):
+            process, _, port = self.start("--demo", command=command)
+            if process.stderr and command is COMMAND:
+                process.stderr.close()
+                process.stderr = None
+            for _ in range(3):
+                body = json.dumps({"messages": USER}).encode()
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}", body,
+                                            PATIENCE) as reply:
+                    self.assertIn(b"You said", reply.read())
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_stream_that_outlasts_the_grace_period_is_cut_and_the_exit_is_0(self) -> None:
+        script = Script([content("The"), threading.Event()])
+        process, stream = self.streaming(script, command=(sys.executable, "-c", IMPATIENT, str(HERE)))
+        with stream:
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+            self.assertTrue(script.left.wait(PATIENCE))
+            with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+                stream.reply()
+
+    def streaming(self, script: Script, **how: Any) -> Tuple[subprocess.Popen[str], Stream]:
+        """A process with a stream whose first token has come."""
+        ollama = self.scripted()
+        ollama.queue(script)
+        process, _, port = self.start("--ollama", ollama.url, **how)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("POST", CHAT, json.dumps({"messages": USER}))
+        stream = Stream(connection)
+        stream.until(b"The")
+        return process, stream
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_sigterm_and_ctrl_c_let_running_streams_end(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            ollama = ScriptedOllama()
-            self.addCleanup(ollama.server_close)
-            self.addCleanup(ollama.shutdown)
             gate = threading.Event()
-            ollama.queue(Script([content("The"), gate, done()]))
-            process, _, port = self.start("--ollama", ollama.url)
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-            connection.request("POST", CHAT, json.dumps({"messages": USER}))
-            with Stream(connection) as stream:
-                stream.until(b"The")
+            process, stream = self.streaming(Script([content("The"), gate, done()]))
+            with stream:
                 process.send_signal(number)
-                self.assertTrue(refused("127.0.0.1", port), "it still accepts")
+                self.assertTrue(refused("127.0.0.1", stream.connection.port), "it still accepts")
                 gate.set()
                 stream.until(b"[DONE]")
             self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_a_second_signal_ends_at_once(self) -> None:
-        ollama = ScriptedOllama()
-        self.addCleanup(ollama.server_close)
-        self.addCleanup(ollama.shutdown)
-        ollama.queue(Script([content("The"), threading.Event()]))
-        process, _, port = self.start("--ollama", ollama.url)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        connection.request("POST", CHAT, json.dumps({"messages": USER}))
-        with Stream(connection) as stream:
-            stream.until(b"The")
+        process, stream = self.streaming(Script([content("The"), threading.Event()]))
+        with stream:
             process.send_signal(signal.SIGTERM)
-            self.assertTrue(refused("127.0.0.1", port))
+            self.assertTrue(refused("127.0.0.1", stream.connection.port))
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(2), -signal.SIGTERM)
+
+
+def said(words: str, stream: bool = True) -> bytes:
+    return post({"messages": [{"role": "user", "content": words}], "stream": stream},
+                b"Connection: close\r\n")
+
+
+LAST = b"Connection: close\r\n\r\n"
+# What clients of all kinds send, and how much of the reply they wait for before they are gone.
+VISITS: List[Tuple[bytes, float]] = [
+    (said("good", False), float("inf")), (said("good"), float("inf")),
+    (said("good").replace(CHAT.encode(), MESSAGES.encode()), float("inf")),
+    (HEALTH + b"\r\n" + said("good", False), float("inf")),
+    (POST + b"Content-Length: 1\r\n" + LAST + b"{", float("inf")),
+    (HEALTH + b"Nonsense\r\n\r\n", float("inf")), (b"GET /nope HTTP/1.1\r\n" + LAST, float("inf")),
+    (said("cut"), float("inf")), (said("cut", False), float("inf")),
+    (said("busy", False), 0), (said("busy"), 0), (said("half"), 1), (said("half"), 1000),
+    (said("endless"), 100_000), (said("good")[:-10], 0), (HEALTH, 0), (b"", 0)]
+ANSWERS: Dict[str, Callable[[], Iterable[Any]]] = {
+    "good": lambda: SKY, "cut": lambda: [content("The"), CUT],
+    "busy": lambda: [threading.Event()], "half": lambda: [content("The " * 999), threading.Event()],
+    "endless": lambda: itertools.repeat(content("The " * 999))}
+
+
+@unittest.skipUnless(os.path.exists("/proc/self/fd"), "there is no /proc to look into")
+class Soak(ProcessCase):
+    """What a server keeps of 2,000 requests, good, bad and abandoned ones: nothing."""
+
+    def test_threads_files_and_memory_are_back_where_they_began(self) -> None:
+        ollama = self.scripted()
+        ollama.forever = lambda body: Script(ANSWERS[body["messages"][0]["content"]]())
+        with tempfile.TemporaryFile("w+") as log:
+            process, _, self.port = self.start("--ollama", ollama.url, stderr=log)
+            before = self.level(process.pid)
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                list(pool.map(self.visit, range(500)))          # what is imported and cached once
+                at_rest = self.memory(process.pid)
+                list(pool.map(self.visit, range(2000)))
+            deadline = time.monotonic() + PATIENCE
+            while self.level(process.pid) != before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.assertEqual(self.level(process.pid), before, "threads and open files")
+            self.assertLess(self.memory(process.pid) - at_rest, 4000, "kilobytes")
+            log.seek(0)
+            self.assertNotIn("Traceback", log.read())
+
+    def visit(self, number: int) -> None:
+        request, patience = VISITS[number % len(VISITS)]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(request)
+            got = 0
+            while got < patience:
+                size = len(sock.recv(65536))
+                if not size:
+                    break
+                got += size
+            if number % 2:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+
+    def level(self, pid: int) -> Tuple[int, int]:
+        return len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
+
+    def memory(self, pid: int) -> int:
+        found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) if found else 0
 
 
 def refuses(host: str, port: int) -> bool:
@@ -5077,6 +5222,19 @@ class TheFile(unittest.TestCase):
     def test_every_banner_has_two_to_six_lines_of_strategy(self) -> None:
         for banner in re.findall(r"(?m)^# ---- .*\n((?:#.*\n)+)", self.source):
             self.assertIn(banner.count("\n"), range(2, 8), banner)
+
+    def test_what_reads_bytes_from_sockets_is_small_and_in_one_place(self) -> None:
+        lines = self.source.splitlines()
+        functions = {node.name: lines[node.lineno - 1:node.end_lineno]
+                     for node in ast.walk(ast.parse(self.source))
+                     if isinstance(node, ast.FunctionDef)}
+
+        def size(*names: str) -> int:
+            return sum(len(functions[name]) for name in names)
+        self.assertLess(size("read_head", "read_fields"), 60)
+        self.assertLess(size("read_body", "body_length", "fitting"), 60)
+        reading = {name for name, body in functions.items() if ".recv" in "".join(body)}
+        self.assertEqual(reading, {"take", "readinto"})      # a client's bytes; Ollama's
 
     def test_functions_are_short_and_lines_fit(self) -> None:
         for name, text in (("ollama_api.py", self.source), ("test_ollama_api.py", self.tests)):
