@@ -4306,7 +4306,9 @@ class Soak(ProcessCase):
         ollama = self.scripted()
         ollama.forever = lambda body: Script(ANSWERS[body["messages"][0]["content"]]())
         with tempfile.TemporaryFile("w+") as log:
-            process, _, self.port = self.start("--ollama", ollama.url, stderr=log)
+            process, _, self.port = self.start(
+                "--ollama", ollama.url, stderr=log,
+                MALLOC_ARENA_MAX="2")            # glibc's own come and go by megabytes
             before = self.level(process.pid)
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 list(pool.map(self.visit, range(500)))          # what is imported and cached once
