@@ -4,6 +4,7 @@
     python test_ollama_api.py                 all tests; those of the SDKs where they are installed
     python test_ollama_api.py NAME ...        some of them, as unittest names them
     python test_ollama_api.py --live [URL]    three checks of a running server with a real Ollama
+    python test_ollama_api.py --bench [--seconds N]    a table of speeds, in less than two minutes
 
 There is no Ollama here. A scripted one answers, with lines that real releases (0.12.11 to 0.32.15)
 were recorded to send. Most tests are conversations: what a client sends, what Ollama is asked, what
@@ -11,7 +12,7 @@ Ollama answers, what the client gets. Where CI is set, a missing SDK is a failur
 
 Contents: the scripted Ollama, the runner, conversations, tables, schemas and tools, HTTP,
 behaviour over time, a failing Ollama, starting and stopping, behind HAProxy, real SDKs, programs
-built on them, the file itself.
+built on them, the file itself, the benchmark.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import heapq
 import http.client
 import http.server
 import importlib.util
@@ -30,13 +32,16 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -4111,14 +4116,20 @@ take_sigint = None if os.name == "nt" else functools.partial(
 
 
 COMMAND = (sys.executable, "-I", str(HERE / "ollama_api.py"))
-IMPATIENT = """
-import dataclasses, sys
+WITH_LIMITS = """
+import dataclasses, json, sys
 sys.path.insert(0, sys.argv.pop(1))
+limits = json.loads(sys.argv.pop(1))
 import ollama_api as it
 parse_args = it.parse_args
-it.parse_args = lambda *given: dataclasses.replace(parse_args(*given), grace_seconds=0.3)
+it.parse_args = lambda *given: dataclasses.replace(parse_args(*given), **limits)
 sys.exit(it.main())
 """
+
+
+def command_with(**limits: float) -> Tuple[str, ...]:
+    """The command that starts the file with other limits, for which there are no options."""
+    return (sys.executable, "-c", WITH_LIMITS, str(HERE), json.dumps(limits))
 
 
 class ProcessCase(unittest.TestCase):
@@ -4235,7 +4246,7 @@ class Process(ProcessCase):
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_a_stream_that_outlasts_the_grace_period_is_cut_and_the_exit_is_0(self) -> None:
         script = Script([content("The"), threading.Event()])
-        process, stream = self.streaming(script, command=(sys.executable, "-c", IMPATIENT, str(HERE)))
+        process, stream = self.streaming(script, command=command_with(grace_seconds=0.3))
         with stream:
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(PATIENCE), 0)
@@ -5266,6 +5277,299 @@ class TheFile(unittest.TestCase):
         self.assertIn(ollama_api.__doc__.partition("\n\nContents")[0].strip(), process.stdout)
 
 
+# ---- The benchmark -------------------------------------------------------------------------------
+# Three processes: this one is the clients, one is a lean Ollama, one is the server. The same question
+# goes to Ollama itself and to two dialects, in alternating rounds; the table has medians, and in the
+# rows of latency what the server adds.
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+LEAN_LINE = json.dumps(content(" word")).encode() + b"\n"
+
+
+@functools.lru_cache(maxsize=None)
+def lean_answer(count: int) -> List[bytes]:
+    """The head, and a chunk for each line, as the wire has them."""
+    lines = [LEAN_LINE] * count + [json.dumps(done(answer=count)).encode() + b"\n"]
+    return [HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+            *[b"%x\r\n%s\r\n" % (len(each), each) for each in lines], b"0\r\n\r\n"]
+
+
+class LeanOllama:
+    """Answers a question to the model `bench-TOKENS-MILLISECONDS` with so many tokens at that pace:
+    in one send where it is 0, else one by one, from one thread that has a timetable."""
+
+    def __init__(self) -> None:
+        self.timetable: List[Tuple[float, int, float, Iterator[bytes], socket.socket]] = []
+        self.numbers = itertools.count()
+        self.changed = threading.Condition()
+
+    def run(self) -> None:
+        threading.Thread(target=self.tick, daemon=True).start()
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1024)
+            print(listener.getsockname()[1], flush=True)
+            while True:
+                sock, _ = listener.accept()
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock: socket.socket) -> None:
+        reader = sock.makefile("rb")
+        with contextlib.suppress(OSError):
+            while reader.readline():
+                fields = b"".join(iter(reader.readline, b"\r\n")).lower()
+                length = re.search(rb"content-length: (\d+)", fields)
+                body = reader.read(int(length[1])) if length else b""
+                wanted = re.search(rb"bench-(\d+)-(\d+)", body)
+                if wanted is None:
+                    sock.sendall(HEAD + b"Content-Length: 14\r\n\r\n{\"models\": []}")
+                elif wanted[2] == b"0":
+                    sock.sendall(b"".join(lean_answer(int(wanted[1]))))
+                else:
+                    self.enter(time.monotonic(), int(wanted[2]) / 1000,
+                               iter(lean_answer(int(wanted[1]))), sock)
+
+    def enter(self, due: float, pace: float, parts: Iterator[bytes], sock: socket.socket) -> None:
+        with self.changed:
+            heapq.heappush(self.timetable, (due, next(self.numbers), pace, parts, sock))
+            self.changed.notify()
+
+    def tick(self) -> None:
+        while True:
+            with self.changed:
+                while not self.timetable or self.timetable[0][0] > time.monotonic():
+                    self.changed.wait(self.timetable[0][0] - time.monotonic()
+                                      if self.timetable else None)
+                due, _, pace, parts, sock = heapq.heappop(self.timetable)
+            part = next(parts, b"")
+            with contextlib.suppress(OSError):
+                sock.sendall(part)
+            if part:
+                self.enter(due + pace, pace, parts, sock)
+
+
+@dataclass
+class Target:
+    """Who is asked: the columns of the table."""
+    name: str
+    port: int
+    path: str
+    pid: int = 0               # 0: Ollama itself, which costs nothing here
+
+    def request(self, tokens: int, pace: int = 0, stream: bool = True, size: int = 5) -> bytes:
+        body = json.dumps({"model": f"bench-{tokens}-{pace}", "stream": stream, "max_tokens": 99,
+                           "messages": [{"role": "user", "content": "x" * size}]}).encode()
+        return (f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+                f"\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far; 0 where there is no /proc."""
+        with contextlib.suppress(OSError):
+            ticks = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        return 0.0
+
+    def memory(self) -> float:
+        """Megabytes now; 0 where there is no /proc."""
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return 0.0
+
+
+def answered(sock: socket.socket, request: bytes) -> Tuple[float, float]:
+    """Ask, and read the answer to its end: seconds until its first token, and in all."""
+    began = time.perf_counter()
+    sock.sendall(request)
+    got, first = b"", 0.0
+    while True:
+        data = sock.recv(1 << 20)
+        got += data
+        first = first or (time.perf_counter() - began if b"word" in got else 0.0)
+        head, _, body = got.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        if not data or got.endswith(b"\r\n0\r\n\r\n") or length and len(body) == int(length[1]):
+            return first, time.perf_counter() - began
+
+
+@dataclass
+class Load:
+    """What many clients saw that came at once."""
+    finished: int = 0
+    first: List[float] = field(default_factory=list)     # seconds, one for each client
+    gaps: List[float] = field(default_factory=list)      # seconds between two tokens of one
+    cpu: float = 0.0                                     # seconds of the server's
+    memory: float = 0.0                                  # megabytes more than before, half-way
+
+
+def load(target: Target, clients: int, tokens: int, pace: int = 0) -> Load:
+    """Let `clients` connect at once, ask and read."""
+    result, cpu, memory = Load(), target.cpu(), target.memory()
+    request, began = target.request(tokens, pace), time.monotonic()
+    sample_at, give_up = began + tokens * pace / 2000, began + tokens * pace / 1000 + PATIENCE
+    with selectors.DefaultSelector() as selector:
+        for _ in range(clients):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", target.port))
+            selector.register(sock, selectors.EVENT_WRITE)
+        last: Dict[Any, float] = {}
+        while selector.get_map() and time.monotonic() < give_up:
+            for key, _ in selector.select(1):
+                look_after(selector, key, request, last, result, began)
+            if time.monotonic() > sample_at:
+                result.memory, sample_at = target.memory() - memory, give_up
+        for key in list(selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+    result.cpu = target.cpu() - cpu
+    return result
+
+
+def look_after(selector: selectors.BaseSelector, key: Any, request: bytes, last: Dict[Any, float],
+               result: Load, began: float) -> None:
+    """Do what one of the clients can do now."""
+    sock = key.fileobj
+    if key.events == selectors.EVENT_WRITE:
+        sock.sendall(request)
+        selector.modify(sock, selectors.EVENT_READ)
+        return
+    with contextlib.suppress(OSError):
+        data, now = sock.recv(1 << 18), time.monotonic()
+        if b"word" in data:
+            (result.gaps if sock in last else result.first).append(now - last.get(sock, began))
+            last[sock] = now
+        if data and not data.endswith(b"0\r\n\r\n"):
+            return
+        result.finished += bool(data)
+    selector.unregister(sock)
+    sock.close()
+
+
+def middle(values: Iterable[float]) -> float:
+    return statistics.median(list(values) or [0.0])
+
+
+def p99(values: List[float]) -> float:
+    return sorted(values or [0.0])[len(values) * 99 // 100 - (len(values) % 100 == 0)]
+
+
+class Bench:
+    """The rows of the table: a name, and for each target the values of all rounds."""
+
+    def __init__(self, targets: List[Target], seconds: float) -> None:
+        self.targets, self.seconds = targets, seconds
+        self.rows: Dict[str, Dict[str, List[float]]] = {}
+
+    def note(self, row: str, target: Target, value: float) -> None:
+        self.rows.setdefault(row, {}).setdefault(target.name, []).append(value)
+
+    def run(self) -> None:
+        for _ in range(3):
+            for target in self.targets:
+                self.latency(target)
+                for clients in (8, 64):
+                    self.saturated(target, clients)
+        for _ in range(2):
+            for target in self.targets:
+                self.paced(target, 200, 20)
+        for target in self.targets:
+            self.paced(target, 1000, 200)
+
+    def latency(self, target: Target) -> None:
+        new: List[float] = []
+        first: List[float] = []
+        plain, streamed = target.request(1, stream=False), target.request(1)
+        with socket.create_connection(("127.0.0.1", target.port)) as sock:
+            kept = [answered(sock, plain)[1] for _ in range(100)]
+        for request, values, part in ((plain, new, 1), (streamed, first, 0)):
+            for _ in range(100):
+                began = time.perf_counter()
+                with socket.create_connection(("127.0.0.1", target.port)) as sock:
+                    connected = time.perf_counter() - began
+                    values.append(connected + answered(sock, request)[part])
+        with socket.create_connection(("127.0.0.1", target.port)) as sock:
+            large = target.request(1, stream=False, size=5_000_000)
+            self.note("5 MB request, ms", target, 1000 * answered(sock, large)[1])
+        for row, values in (("answer on a kept connection, ms", kept),
+                            ("answer on a new connection, ms", new), ("first token, ms", first)):
+            self.note(row, target, 1000 * middle(values))
+
+    def saturated(self, target: Target, clients: int) -> None:
+        tokens = int(20_000 * self.seconds) // clients
+        result = load(target, clients, tokens)
+        self.note(f"{clients} streams without delay, CPU us/token", target,
+                  1e6 * result.cpu / (tokens * clients))
+
+    def paced(self, target: Target, clients: int, pace: int) -> None:
+        tokens = int(2000 * self.seconds) // pace
+        result = load(target, clients, tokens, pace)
+        name = f"{clients} streams x {pace} ms"
+        for row, value in (("finished, %", 100 * result.finished / clients),
+                           ("gap p99, ms", 1000 * p99(result.gaps)),
+                           ("first token p99, ms", 1000 * p99(result.first)),
+                           ("CPU us/token", 1e6 * result.cpu / (tokens * clients)),
+                           ("KB a stream", 1024 * result.memory / clients)):
+            self.note(f"{name}: {row}", target, value)
+
+    def table(self) -> str:
+        names = [target.name for target in self.targets]
+        lines = ["| | " + " | ".join(names) + " | ratios to direct |", "|---|" + "--:|" * (len(names) + 1)]
+        for row, values in self.rows.items():
+            found = [middle(values.get(name, ())) for name in names]
+            ratios = [f"{value / found[0]:.1f}" for value in found[1:] if found[0]]
+            lines.append(f"| {row} | " + " | ".join(f"{value:.4g}" for value in found)
+                         + f" | {', '.join(ratios)} |")
+        return "\n".join(lines)
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
+def first_answer(command: Sequence[str]) -> Tuple[subprocess.Popen[bytes], Target, float]:
+    """Start a server: the process, whom to ask, and seconds until it answered."""
+    port, began = free_port(), time.perf_counter()
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while refuses("127.0.0.1", port):
+        time.sleep(0.002)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE) as reply:
+        reply.read()
+    return process, Target("chat", port, CHAT, process.pid), time.perf_counter() - began
+
+
+def bench(seconds: float) -> int:
+    """Print the benchmark's table."""
+    ollama_api.allow_many_sockets()
+    with subprocess.Popen([sys.executable, __file__, "--lean-ollama"],
+                          stdout=subprocess.PIPE) as ollama:
+        assert ollama.stdout
+        lean = int(ollama.stdout.readline())
+        command = (*command_with(running=2000), "--ollama", f"127.0.0.1:{lean}")
+        started = []
+        for _ in range(5):
+            process, chat, took = first_answer(command)
+            started.append(took)
+            at_rest = chat.memory()
+            if len(started) < 5:
+                process.kill()
+                process.wait()
+        messages_ = Target("messages", chat.port, MESSAGES, chat.pid)
+        rounds = Bench([Target("direct", lean, "/api/chat"), chat, messages_], seconds)
+        rounds.run()
+        for each in (process, ollama):
+            each.kill()
+            each.wait()
+    print(f"ollama_api.py {ollama_api.__version__}, Python {platform.python_version()}, "
+          f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {time.strftime('%F')}\n")
+    print(rounds.table())
+    print(f"\nstart to first answer: {1000 * middle(started):.0f} ms; at rest: {at_rest:.0f} MB")
+    return 0
+
+
 # ---- Running -------------------------------------------------------------------------------------
 
 def live(url: str) -> int:
@@ -5306,6 +5610,10 @@ class Runner(unittest.TextTestRunner):
 def main() -> int:
     if "--live" in sys.argv:
         return live((sys.argv + ["http://localhost:8000"])[2])
+    if "--bench" in sys.argv:
+        return bench(float((sys.argv + ["2"])[3 if "--seconds" in sys.argv else -1]))
+    if "--lean-ollama" in sys.argv:
+        LeanOllama().run()
     forgotten: List[Any] = []          # what was not closed: a ResourceWarning made an error
 
     def remember(found: Any) -> None:
