@@ -1110,10 +1110,16 @@ class Upstream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while True:
+            if not self.held():                  # to try first would be a call more for each token
+                self.wait()
             try:
                 return self.sock.recv_into(buffer)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self.wait()
+                pass
+
+    def held(self) -> int:
+        """How many bytes TLS has decrypted already, for which no socket becomes readable."""
+        return self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
 
     def wait(self) -> None:
         """Return when Ollama has sent something; serve the client meanwhile."""
@@ -2951,6 +2957,23 @@ def wording_for(request: Request) -> Wording:
 # request. Here a head is read as bytes, under one deadline, and what is ambiguous is refused.
 # A reply's head leaves with its first bytes, so that whatever fails before them is a real status.
 
+def when_ready(act: Callable[[], T], sock: socket.socket, event: int, deadline: float) -> T:
+    """The result of a call on a socket that does not block, made again when the socket is ready.
+
+    A socket with a timeout would be asked whether it is before each call: twice the calls for each
+    token, and at each of them another thread may take the interpreter."""
+    while True:
+        try:
+            return act()
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            wanted = {ssl.SSLWantReadError: selectors.EVENT_READ,
+                      ssl.SSLWantWriteError: selectors.EVENT_WRITE}.get(type(error), event)
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, wanted)
+            if not selector.select(max(deadline - time.monotonic(), 0)):
+                raise socket.timeout
+
+
 class Incoming:
     """The bytes that come from one client; with read_head and read_body all that touches them."""
 
@@ -2966,8 +2989,7 @@ class Incoming:
     def receive(self) -> None:
         """Wait for more bytes, until the deadline."""
         try:
-            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-            self.take()
+            when_ready(self.take, self.sock, selectors.EVENT_READ, self.deadline)
         except socket.timeout as error:
             raise APIError(408, "The request did not arrive in time.") from error
         except OSError as error:
@@ -2977,7 +2999,6 @@ class Incoming:
         """Take what has arrived already; False if that is nothing. (A peek would do, if TLS knew
         one; and there a readable socket may hold but half a record.)"""
         try:
-            self.sock.setblocking(False)
             self.take()
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
@@ -3338,9 +3359,10 @@ class Exchange:
         view = memoryview(data)
         self.quiet_since = time.monotonic()
         try:
-            self.sock.settimeout(self.config.write_seconds)
             while view:
-                view = view[self.sock.send(view):]
+                send = functools.partial(self.sock.send, view)
+                view = view[when_ready(send, self.sock, selectors.EVENT_WRITE,
+                                       time.monotonic() + self.config.write_seconds):]
         except OSError as error:
             raise ClientLeft from error
 
@@ -3365,6 +3387,7 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         config, sock = self.server.config, self.request
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
         incoming = Incoming(sock)
         while incoming.begins(config.idle_seconds) and Exchange(self.server, incoming).run():
             pass
