@@ -674,6 +674,14 @@ def new_id(prefix: str) -> str:
     return prefix + os.urandom(12).hex()
 
 
+def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same function of a text, with all but the text in JSON already: for each token it costs
+    a sixth."""
+    hole = new_id("hole_")                       # nobody can have it in a name
+    parts = frame(hole).split(dumps(hole).encode())
+    return lambda text: dumps(text).encode().join(parts)
+
+
 # ---- Schemas and tools ---------------------------------------------------------------------------
 # Ollama makes a grammar of `format`, and there are JSON schemas that stop its runner, hang a model
 # or end the whole process, for everybody. So no client's schema reaches it: grammar_schema builds a
@@ -1397,7 +1405,7 @@ def chunks_of(response: http.client.HTTPResponse, limit: int) -> Iterator[JSON]:
 
 def parse_line(line: bytes) -> JSON:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())        # of bytes it would guess the encoding
     except (ValueError, RecursionError) as error:
         raise broken(f"not JSON: {line[:80]!r}") from error
     if not isinstance(value, dict):
@@ -1432,18 +1440,18 @@ def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
     raise broken("it ended without saying that it was done")
 
 
-def parts_of(chunk: JSON, message: JSON) -> Iterator[Event]:
+def parts_of(chunk: JSON, message: JSON) -> List[Event]:
     """What one chunk has of an answer: any of them, or nothing. /api/generate has `response`."""
     thoughts = told(message, "thinking", "")
     text = told(message, "content", "") or told(message, "response", "")
     logprobs: List[Any] = told(chunk, "logprobs", [])
     calls: List[Any] = told(message, "tool_calls", [])
-    if thoughts:
-        yield Thinking(thoughts)
+    parts: List[Event] = [Thinking(thoughts)] if thoughts else []
     if text or logprobs and not thoughts:
-        yield Text(text, tuple(entry for entry in logprobs if isinstance(entry, dict)))
-    for call in calls:
-        yield tool_call(told(call if isinstance(call, dict) else {}, "function", {}), "arguments")
+        parts.append(Text(text, tuple(entry for entry in logprobs if isinstance(entry, dict))))
+    return parts + [
+        tool_call(told(call if isinstance(call, dict) else {}, "function", {}), "arguments")
+        for call in calls]
 
 
 def tool_call(value: JSON, arguments: str) -> ToolCall:
@@ -1906,9 +1914,9 @@ def messages_block_frames(index: int, kind: type, run: Iterator[Any]) -> Iterato
         yield delta(type="input_json_delta", partial_json=dumps(block["input"]))
     else:
         yield start(messages_block(kind, []))
-    for part in run:
-        yield (delta(type="thinking_delta", thinking=part.text) if kind is Thinking else
-               delta(type="text_delta", text=part.text))
+    of_text = prepared(lambda text: delta(type="thinking_delta", thinking=text) if kind is Thinking
+                       else delta(type="text_delta", text=text))
+    yield from (of_text(part.text) for part in run)
     if kind is Thinking:
         yield delta(type="signature_delta", signature="")
     yield sse({"type": "content_block_stop", "index": index})
@@ -2300,13 +2308,16 @@ def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
 
     events = begun(events)
     head = chat_head(chat, "chat.completion.chunk")
+    text = prepared(lambda text: chunk({"content": text}))
+    reasoning = prepared(lambda text: chunk(chat_reasoning(text)))
     indexes = itertools.count()              # by which clients put deltas of calls together
     yield chunk({"role": "assistant", "content": ""})
     for event in events:
         if isinstance(event, Text):
-            yield chunk({"content": event.text}, logprobs=event.logprobs)
+            yield (chunk({"content": event.text}, logprobs=event.logprobs) if event.logprobs else
+                   text(event.text))
         elif isinstance(event, Thinking):
-            yield chunk(chat_reasoning(event.text))
+            yield reasoning(event.text)
         elif isinstance(event, ToolCall):
             yield chunk(chat_calls(chat, [{"index": next(indexes), **chat_call(event)}]))
         else:
