@@ -49,6 +49,7 @@ To add a dialect: write its section, add its rows to ROUTES. To add an option: a
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import contextlib
@@ -81,7 +82,8 @@ import urllib.request
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Protocol, Sequence, Tuple, Type, TypedDict, TypeVar, Union)
+                    NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypedDict, TypeVar,
+                    Union)
 
 __version__ = "0.1.0"
 
@@ -1160,12 +1162,14 @@ class UpstreamSocket:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
+        self.request = bytearray()
 
     def sendall(self, data: bytes) -> None:
-        self.upstream.sock.sendall(data)
+        self.request += data                          # the head comes first, and alone
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        self.upstream.sock.setblocking(False)         # all is sent: from here on, readinto waits
+        self.upstream.sock.sendall(self.request)
+        self.upstream.sock.setblocking(False)         # from here on, readinto waits
         return io.BufferedReader(self.upstream, 64 * 1024)
 
     def close(self) -> None:
@@ -2976,9 +2980,12 @@ def when_ready(act: Callable[[], T], sock: socket.socket, event: int, deadline: 
     while True:
         try:
             return act()
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            wanted = {ssl.SSLWantReadError: selectors.EVENT_READ,
-                      ssl.SSLWantWriteError: selectors.EVENT_WRITE}.get(type(error), event)
+        except BlockingIOError:
+            wanted = event
+        except ssl.SSLWantReadError:             # TLS may have to read to write, and vice versa
+            wanted = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            wanted = selectors.EVENT_WRITE
         with selectors.DefaultSelector() as selector:
             selector.register(sock, wanted)
             if not selector.select(max(deadline - time.monotonic(), 0)):
@@ -3436,6 +3443,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls = tls_context(config)
         self.draining = False
         self.running = 0
+        self.connected: Set[socket.socket] = set()
         self.rates = TokenRates()
         self.ended = threading.Condition()
         super().__init__((config.host, config.port), Connection)
@@ -3453,7 +3461,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Close a connection that would be one too many: to answer it would take a thread."""
-        return threading.active_count() < self.config.connections
+        return len(self.connected) < self.config.connections
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection its thread. Not by threading.Thread, whose start waits until the thread
+        runs: of 200 clients that come at once the last one had its first token 1 to 3 s later."""
+        self.connected.add(request)
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connected.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log_traceback()
