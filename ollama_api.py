@@ -2929,15 +2929,16 @@ def bare(path: str) -> str:
     return re.sub(r"^(/+v1(?=/|$))+", "", path).rstrip("/")
 
 
+PATTERNS = tuple((re.compile(re.escape(bare(route.path)).replace(re.escape("{id}"), "(.+)")), route)
+                 for route in ROUTES)
+
+
 def routes_for(path: str) -> List[Tuple[Route, str]]:
     """The rows that have this path, one for each method, and what stands for {id} in it."""
-    found = []
-    for route in ROUTES:
-        pattern = re.escape(bare(route.path)).replace(re.escape("{id}"), "(.+)")
-        match = re.fullmatch(pattern, bare(path))
-        if match:
-            found.append((route, urllib.parse.unquote(match[1] if match.groups() else "")))
-    return found
+    plain = bare(path)
+    matches = ((pattern.fullmatch(plain), route) for pattern, route in PATTERNS)
+    return [(route, urllib.parse.unquote(match[1] if match.groups() else ""))
+            for match, route in matches if match]
 
 
 def allowed_methods(path: str) -> str:
