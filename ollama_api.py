@@ -1106,12 +1106,16 @@ class Client(Protocol):
         """Take what it sent early; False if that is nothing. ClientLeft if it is the end."""
 
 
+# Cheaper to make than epoll or kqueue, and unlike select without a limit of 1,024 descriptors.
+Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)     # none on Windows
+
+
 class Upstream(io.RawIOBase):
     """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
 
     def __init__(self, sock: socket.socket, client: Client, ping: float, give_up: float) -> None:
         self.sock, self.client, self.ping, self.give_up = sock, client, ping, give_up
-        self.selector = selectors.DefaultSelector()   # select.select breaks above 1,024 descriptors
+        self.selector = Selector()
         self.selector.register(sock, selectors.EVENT_READ)
         self.selector.register(client.sock, selectors.EVENT_READ)
 
@@ -2987,7 +2991,7 @@ def when_ready(act: Callable[[], T], sock: socket.socket, event: int, deadline: 
             wanted = selectors.EVENT_READ
         except ssl.SSLWantWriteError:
             wanted = selectors.EVENT_WRITE
-        with selectors.DefaultSelector() as selector:
+        with Selector() as selector:
             selector.register(sock, wanted)
             if not selector.select(max(deadline - time.monotonic(), 0)):
                 raise socket.timeout
@@ -3513,7 +3517,8 @@ def log(text: str) -> None:
     stderr = sys.stderr
     try:
         if stderr is not None:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), safe, file=stderr, flush=True)
+            stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}\n")    # print: in parts
+            stderr.flush()
     except BrokenPipeError:
         sys.stderr = None                        # or what is left in it fails at exit: status 120
     except (OSError, ValueError):
