@@ -146,7 +146,6 @@ class Config:
     connections: int = 4096             # at a time; each has a thread
     backlog: int = 1024                 # with 5, seven of ten bursts of 200 clients failed
     connect_seconds: float = 5          # to Ollama
-    send_seconds: float = 60            # for Ollama to take a request
     ask_seconds: float = 10             # for what Ollama answers without a model: tags, ps
     health_seconds: float = 2
     line_bytes: int = 32 * 1024 * 1024  # of Ollama's answer
@@ -1110,11 +1109,36 @@ class Client(Protocol):
 Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)     # none on Windows
 
 
+def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) -> T:
+    """The result of a call on a socket that does not block, made again after each wait for `event`.
+
+    A socket with a timeout would be asked whether it is ready before each call: twice the calls for
+    each token, and at each of them another thread may take the interpreter."""
+    while True:
+        try:
+            return act()
+        except BlockingIOError:
+            wanted = event
+        except ssl.SSLWantReadError:             # TLS may have to read to write, and vice versa
+            wanted = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            wanted = selectors.EVENT_WRITE
+        wait(wanted)
+
+
+def send_all(sock: socket.socket, data: bytes, wait: Callable[[int], None]) -> None:
+    """As sendall, but each wait is for progress alone, and the caller's."""
+    view = memoryview(data)
+    while view:
+        view = view[when_ready(functools.partial(sock.send, view), wait, selectors.EVENT_WRITE):]
+
+
 class Upstream(io.RawIOBase):
     """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
 
     def __init__(self, sock: socket.socket, client: Client, ping: float, give_up: float) -> None:
         self.sock, self.client, self.ping, self.give_up = sock, client, ping, give_up
+        sock.setblocking(False)
         self.selector = Selector()
         self.selector.register(sock, selectors.EVENT_READ)
         self.selector.register(client.sock, selectors.EVENT_READ)
@@ -1123,21 +1147,19 @@ class Upstream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while True:
-            if not self.held():                  # to try first would be a call more for each token
-                self.wait()
-            try:
-                return self.sock.recv_into(buffer)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                pass
+        if not self.held():                      # to try first would be a call more for each token
+            self.wait(selectors.EVENT_READ)
+        return when_ready(functools.partial(self.sock.recv_into, buffer), self.wait,
+                          selectors.EVENT_READ)
 
     def held(self) -> int:
         """How many bytes TLS has decrypted already, for which no socket becomes readable."""
         return self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
 
-    def wait(self) -> None:
-        """Return when Ollama has sent something; serve the client meanwhile."""
+    def wait(self, event: int) -> None:
+        """Return when Ollama has sent something, or takes more; serve the client meanwhile."""
         self.client.flush()
+        self.selector.modify(self.sock, event)
         while True:
             now = time.monotonic()
             if now >= self.give_up:
@@ -1172,8 +1194,7 @@ class UpstreamSocket:
         self.request += data                          # the head comes first, and alone
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        self.upstream.sock.sendall(self.request)
-        self.upstream.sock.setblocking(False)         # from here on, readinto waits
+        send_all(self.upstream.sock, self.request, self.upstream.wait)
         return io.BufferedReader(self.upstream, 64 * 1024)
 
     def close(self) -> None:
@@ -1349,7 +1370,6 @@ class Ollama:
              patience: float = float("inf")) -> http.client.HTTPResponse:
         """Ask Ollama, and wait for the head of its answer."""
         def watch(sock: socket.socket) -> UpstreamSocket:
-            sock.settimeout(self.config.send_seconds)
             upstream = Upstream(sock, self.client, self.config.ping, give_up)
             self.opened.callback(upstream.close)
             return UpstreamSocket(upstream)
@@ -2977,24 +2997,11 @@ def wording_for(request: Request) -> Wording:
 # request. Here a head is read as bytes, under one deadline, and what is ambiguous is refused.
 # A reply's head leaves with its first bytes, so that whatever fails before them is a real status.
 
-def when_ready(act: Callable[[], T], sock: socket.socket, event: int, deadline: float) -> T:
-    """The result of a call on a socket that does not block, made again when the socket is ready.
-
-    A socket with a timeout would be asked whether it is before each call: twice the calls for each
-    token, and at each of them another thread may take the interpreter."""
-    while True:
-        try:
-            return act()
-        except BlockingIOError:
-            wanted = event
-        except ssl.SSLWantReadError:             # TLS may have to read to write, and vice versa
-            wanted = selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            wanted = selectors.EVENT_WRITE
-        with Selector() as selector:
-            selector.register(sock, wanted)
-            if not selector.select(max(deadline - time.monotonic(), 0)):
-                raise socket.timeout
+def wait_for(sock: socket.socket, seconds: float, event: int) -> None:
+    with Selector() as selector:
+        selector.register(sock, event)
+        if not selector.select(max(seconds, 0)):
+            raise socket.timeout
 
 
 class Incoming:
@@ -3009,10 +3016,13 @@ class Incoming:
         """Set the deadline for all that is read from here on."""
         self.deadline = time.monotonic() + seconds
 
+    def until_deadline(self, event: int) -> None:
+        wait_for(self.sock, self.deadline - time.monotonic(), event)
+
     def receive(self) -> None:
         """Wait for more bytes, until the deadline."""
         try:
-            when_ready(self.take, self.sock, selectors.EVENT_READ, self.deadline)
+            when_ready(self.take, self.until_deadline, selectors.EVENT_READ)
         except socket.timeout as error:
             raise APIError(408, "The request did not arrive in time.") from error
         except OSError as error:
@@ -3377,15 +3387,11 @@ class Exchange:
         return head
 
     def write(self, data: bytes) -> None:
-        """Send all of data, to a client that may be slow, but not idle. (sendall's timeout would
-        be one for the whole, and cut slow clients off.)"""
-        view = memoryview(data)
+        """Send all of data, to a client that may be slow, but not idle."""
         self.quiet_since = time.monotonic()
         try:
-            while view:
-                send = functools.partial(self.sock.send, view)
-                view = view[when_ready(send, self.sock, selectors.EVENT_WRITE,
-                                       time.monotonic() + self.config.write_seconds):]
+            send_all(self.sock, data,
+                     functools.partial(wait_for, self.sock, self.config.write_seconds))
         except OSError as error:
             raise ClientLeft from error
 

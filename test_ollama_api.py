@@ -3783,6 +3783,19 @@ class OverTime(ServerCase):
                 self.assertTrue(script.left.wait(PATIENCE), "Ollama still generates")
                 self.assertLess(time.monotonic() - left, 0.5)
 
+    def test_an_ollama_that_takes_no_request_is_waited_for_until_the_client_leaves(self) -> None:
+        with socket.socket() as stuck:           # it accepts, and reads nothing
+            stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            stuck.bind(("127.0.0.1", 0))
+            stuck.listen()
+            server = self.serve(ping=0.05, ollama=f"http://127.0.0.1:{stuck.getsockname()[1]}")
+            self.port = server.server_address[1]
+            large = {"messages": [{"role": "user", "content": "x" * 16_000_000}], "stream": True}
+            with self.open("POST", MESSAGES, large) as stream:
+                stream.until(b"event: ping")
+                self.assertEqual((server.running, len(server.connected)), (1, 1))
+            self.eventually(lambda: not server.connected)
+
     def test_a_reset_by_the_client_frees_the_model(self) -> None:
         script = self.ollama.queue(Script([content("The"), threading.Event()]))
         stream = self.open("POST", CHAT, {"messages": USER})
