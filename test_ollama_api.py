@@ -4240,6 +4240,20 @@ class Process(ProcessCase):
         raised, hard, kept, _ = map(int, shown)
         self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
 
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "there is no /proc to look into")
+    def test_a_server_without_free_descriptors_waits_for_one_without_spinning(self) -> None:
+        few = ("sh", "-c", 'ulimit -n 40; exec "$0" "$@"', *COMMAND)
+        process, _, port = self.start("--demo", command=few)
+        target = Target("demo", port, CHAT, process.pid)
+        with contextlib.ExitStack() as idle:
+            for _ in range(80):
+                idle.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+            before = target.cpu()
+            with self.assertRaises(socket.timeout):
+                first_bytes(port, HEALTH + b"\r\n", 1)
+            self.assertLess(target.cpu() - before, 0.5)
+        self.assertRegex(first_bytes(port, HEALTH + b"\r\n", PATIENCE), b"^HTTP/1.1 200 ")
+
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
         absent = ("sh", "-c", 'exec "$0" "$@" 2>&-', *COMMAND)
@@ -4365,6 +4379,12 @@ class Soak(ProcessCase):
     def memory(self, pid: int) -> int:
         found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         return int(found[1]) if found else 0
+
+
+def first_bytes(port: int, request: bytes, seconds: float) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
+        sock.sendall(request)
+        return sock.recv(65536)
 
 
 def refuses(host: str, port: int) -> bool:
