@@ -3785,6 +3785,7 @@ def main() -> int:
         print(f"ollama_api.py: cannot listen on {config.host} port {config.port}: {error}",
               file=sys.stderr)
         return 1
+    sys.setswitchinterval(0.02)      # each thread that waits for the interpreter wakes that often
     threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
