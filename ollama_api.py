@@ -129,6 +129,8 @@ class Config:
                           metavar="FILE")
     insecure: bool = option(False, "allow an address that others can reach without an --api-key",
                             action="store_true")
+    workers: int = option(1, "processes that share the port: more than one helps where a hundred "
+                             "streams run at a time; not on Windows", type=int, metavar="N")
     demo: bool = option(False, "start a stand-in Ollama that repeats what it is told",
                         action="store_true")
 
@@ -3699,7 +3701,7 @@ def checked_config(config: Config) -> Config:
     """What argparse cannot check; ValueError says it."""
     for ok, problem in (
             (0 <= config.port <= 65535, "--port: must be between 0 and 65535"),
-            (config.ping > 0, "--ping: must be above 0"),
+            (0 < config.ping <= 3600, "--ping: must be above 0, and 3600 at most"),
             (config.num_ctx is None or config.num_ctx > 0, "--num-ctx: must be at least 1"),
             (config.default_stream in ("auto", "on", "off"), "--default-stream: auto, on or off"),
             (all(all(alias.partition("=")) for alias in config.alias),
@@ -3707,6 +3709,9 @@ def checked_config(config: Config) -> Config:
             (all(re.fullmatch(r"null|\w[\w.+-]*://[^/\s]+", each) for each in config.allow_origin),
              "--allow-origin: must look like https://chat.example, without a path"),
             (config.tls_cert or not config.tls_key, "--tls-key: needs a --tls-cert"),
+            (1 <= config.workers <= 64, "--workers: must be between 1 and 64"),
+            (config.workers == 1 or hasattr(os, "fork"), "--workers: Windows cannot share a port"),
+            (config.workers == 1 or not config.demo, "--workers: cannot go with --demo"),
             (is_loopback(config.host) or config.api_key or config.insecure,
              f"--host: {config.host} can be reached by others: add an --api-key, or --insecure")):
         if not ok:
@@ -3774,6 +3779,76 @@ def allow_many_sockets() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def work(server: Server, parent: Optional[int] = None) -> int:
+    """Serve until a signal comes, or `parent`, which would pass one on, is gone; then let what runs
+    end. The exit status."""
+    threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if parent is None:
+            print(banner(server), flush=True)
+        # Not in serve_forever, where the exception would fall upon a new connection; and not in one
+        # long sleep, which a signal that another thread gets does not end.
+        while parent in (None, os.getppid()):
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)        # a second one ends the process at once
+    server.drain()
+    return 0
+
+
+def start_worker(server: Server, workers: Set[int]) -> None:
+    """Fork a process that serves. A terminal's Ctrl-C goes to all of them: the parent alone heeds
+    it, and passes it on as SIGTERM."""
+    parent, signals = os.getpid(), (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)    # as long as it is not clear for whom
+    child = os.fork()
+    if child:
+        workers.add(child)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        os._exit(work(server, parent))
+    finally:
+        os._exit(1)                              # never on into what the parent does
+
+
+def ended(workers: Set[int]) -> Iterator[int]:
+    """Those that have ended since, which are taken out."""
+    for child in list(workers):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            workers.discard(child)
+            yield child
+
+
+def supervise(server: Server) -> int:
+    """Keep --workers processes serving, which accept from one socket; the exit status."""
+    workers: Set[int] = set()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for _ in range(server.config.workers):
+            start_worker(server, workers)
+        print(banner(server), flush=True)
+        while True:
+            time.sleep(0.2)
+            for child in ended(workers):
+                log(f"worker {child} has ended; another one takes its place")
+                start_worker(server, workers)
+    except KeyboardInterrupt:
+        server.server_close()
+    while workers:
+        with contextlib.suppress(KeyboardInterrupt):     # a second signal is passed on as well
+            for child in workers:
+                os.kill(child, signal.SIGTERM)
+            while workers:
+                time.sleep(0.02)
+                list(ended(workers))
+    return 0
+
+
 def main() -> int:
     config = parse_args(sys.argv[1:], os.environ)
     allow_many_sockets()
@@ -3786,17 +3861,7 @@ def main() -> int:
               file=sys.stderr)
         return 1
     sys.setswitchinterval(0.02)      # each thread that waits for the interpreter wakes that often
-    threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print(banner(server), flush=True)
-        while True:          # not serve_forever: the exception would fall upon a new connection
-            time.sleep(0.2)  # not for ever: a signal that another thread gets does not end a sleep
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)        # a second one ends the process at once
-    server.drain()
-    return 0
+    return work(server) if config.workers == 1 else supervise(server)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import heapq
 import http.client
@@ -4314,6 +4315,86 @@ class Process(ProcessCase):
             self.assertEqual(process.wait(2), -signal.SIGTERM)
 
 
+@unittest.skipUnless(os.path.exists("/proc/self/task"), "there is no /proc to look into")
+class Workers(ProcessCase):
+    """Several processes behind one port."""
+
+    def setUp(self) -> None:
+        self.ollama = self.scripted()
+        self.ollama.forever = lambda body: Script()
+        self.process, banner, self.port = self.start("--workers", "2", "--ollama", self.ollama.url)
+        self.assertIn("plain:latest", banner[1])
+        self.first = self.workers()
+        self.addCleanup(self.kill, *self.first)
+
+    def kill(self, *processes: int, number: int = 9) -> None:
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def workers(self) -> List[int]:
+        return children(self.process.pid)
+
+    def streams(self, script: Script, count: int) -> List[Stream]:
+        """So many that the first token of each has come; they are ended by the script's event."""
+        self.ollama.forever = lambda body: script
+        found = []
+        for _ in range(count):
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+            self.addCleanup(connection.close)
+            connection.request("POST", CHAT, json.dumps({"messages": USER}))
+            found.append(Stream(connection))
+        for stream in found:
+            stream.until(b"The")
+        return found
+
+    def test_a_worker_that_dies_is_replaced_and_the_others_serve_meanwhile(self) -> None:
+        self.assertEqual(len(self.first), 2)
+        for victim in self.first:
+            os.kill(victim, signal.SIGKILL)
+            for _ in range(20):
+                self.assertIn(b"[DONE]", self.whole_reply())
+            deadline = time.monotonic() + PATIENCE
+            while (victim in self.workers() or len(self.workers()) < 2) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.assertEqual(len(set(self.workers()) - {victim}), 2)
+        self.assertEqual(set(self.workers()) & set(self.first), set())
+
+    def whole_reply(self) -> bytes:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(said("good"))
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def test_a_signal_is_passed_on_and_lets_all_streams_end(self) -> None:
+        gate = threading.Event()
+        streams = self.streams(Script([content("The"), gate, done()]), 8)
+        self.process.send_signal(signal.SIGTERM)
+        self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
+        gate.set()
+        for stream in streams:
+            stream.until(b"[DONE]")
+        self.assertEqual(self.process.wait(PATIENCE), 0)
+
+    def test_a_ctrl_c_that_all_processes_get_lets_streams_end_and_a_second_ends_them(self) -> None:
+        gate = threading.Event()
+        stream, = self.streams(Script([content("The"), gate, content(" sky"), threading.Event()]), 1)
+        group = [self.process.pid, *self.workers()]
+        self.kill(*group, number=signal.SIGINT)        # as a terminal does
+        self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
+        gate.set()
+        stream.until(b" sky")
+        self.kill(*group, number=signal.SIGINT)
+        self.process.wait(2)
+        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+            stream.reply()
+
+    def test_workers_do_not_outlive_a_parent_that_is_killed(self) -> None:
+        self.assertIn(b"[DONE]", self.whole_reply())
+        self.process.kill()
+        self.process.wait()
+        self.assertTrue(refused("127.0.0.1", self.port), "somebody still accepts")
+
+
 def said(words: str, stream: bool = True) -> bytes:
     return post({"messages": [{"role": "user", "content": words}], "stream": stream},
                 b"Connection: close\r\n")
@@ -4427,6 +4508,8 @@ class CommandLine(unittest.TestCase):
     def test_what_is_wrong_is_said_in_a_line_and_names_the_option(self) -> None:
         for argv, name in ((["--port", "x"], "--port"), (["--port", "65536"], "--port"),
                            (["--ping", "0"], "--ping"), (["--ollama", "ftp://a"], "--ollama"),
+                           (["--ping", "inf"], "--ping"), (["--workers", "0"], "--workers"),
+                           (["--workers", "2", "--demo"], "--workers"),
                            (["--alias", "a"], "--alias"), (["--num-ctx", "0"], "--num-ctx"),
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
                            (["--default-stream", "x"], "--default-stream"),
@@ -5423,19 +5506,26 @@ class Target:
         return (f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
                 f"\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
 
-    def cpu(self) -> float:
-        """Seconds of processor time so far; 0 where there is no /proc."""
+    def processes(self) -> List[str]:
+        """The server's folders in /proc, those of its workers too; none where there is no /proc."""
         with contextlib.suppress(OSError):
-            ticks = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-            return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-        return 0.0
+            return [f"/proc/{pid}" for pid in (self.pid, *children(self.pid))]
+        return []
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far."""
+        found = [Path(folder, "stat").read_text().rpartition(")")[2].split()[11:13]
+                 for folder in self.processes()]
+        return sum(int(ticks) for pair in found for ticks in pair) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """Megabytes now; 0 where there is no /proc."""
-        with contextlib.suppress(OSError):
-            status = Path(f"/proc/{self.pid}/status").read_text()
-            return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-        return 0.0
+        """Megabytes now."""
+        found = [Path(folder, "status").read_text() for folder in self.processes()]
+        return sum(int(text.partition("VmRSS:")[2].split()[0]) for text in found) / 1024
+
+
+def children(pid: int) -> List[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def answered(sock: socket.socket, request: bytes) -> Tuple[float, float]:
@@ -5622,11 +5712,17 @@ def bench(seconds: float) -> int:
         lean = int(ollama.stdout.readline())
         address = f"127.0.0.1:{lean}"
         took, memory = start_up(address)
-        process, chat, _ = first_answer((*command_with(running=2000), "--ollama", address))
-        messages_ = Target("messages", chat.port, MESSAGES, chat.pid)
-        rounds = Bench([Target("direct", lean, "/api/chat"), chat, messages_], seconds)
+        command = (*command_with(running=2000), "--ollama", address)
+        process, chat, _ = first_answer(command)
+        started, targets = [ollama, process], [Target("direct", lean, "/api/chat"), chat,
+                                               dataclasses.replace(chat, name="messages", path=MESSAGES)]
+        if hasattr(os, "fork"):
+            process, chat, _ = first_answer((*command, "--workers", "2"))
+            started.append(process)
+            targets.append(dataclasses.replace(chat, name="chat, 2 workers"))
+        rounds = Bench(targets, seconds)
         rounds.run()
-        for each in (process, ollama):
+        for each in started:
             each.kill()
             each.wait()
     print(f"ollama_api.py {ollama_api.__version__}, Python {platform.python_version()}, "
