@@ -3384,6 +3384,23 @@ class HTTP(ServerCase):
             first.sendall(HEALTH + b"\r\n")
             self.assertRegex(first.recv(65536), b"^HTTP/1.1 200 ")
 
+    def test_a_connection_for_which_there_is_no_thread_is_closed(self) -> None:
+        module = ollama_api._thread
+        with mock.patch.object(module, "start_new_thread", side_effect=RuntimeError) as start:
+            self.assertEqual(self.raw(b""), b"")
+        self.assertEqual(start.call_count, 1)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_all_who_wait_are_accepted_in_one_go(self) -> None:
+        server = ollama_api.Server(Config(port=0))
+        with contextlib.ExitStack() as waiting:
+            waiting.callback(server.server_close)
+            for _ in range(5):
+                waiting.enter_context(socket.create_connection(server.server_address))
+            server.service_actions()
+            self.assertEqual(len(server.connected), 5)
+        self.eventually(lambda: not server.connected)
+
     def test_bytes_that_trickle_in_have_one_deadline_for_all(self) -> None:
         self.port = self.serve(head_seconds=0.2, body_seconds=0.2, body_bytes=999,
                                linger_seconds=0.1).server_address[1]
@@ -4325,7 +4342,12 @@ class Workers(ProcessCase):
         self.process, banner, self.port = self.start("--workers", "2", "--ollama", self.ollama.url)
         self.assertIn("plain:latest", banner[1])
         self.first = self.workers()
-        self.addCleanup(self.kill, *self.first)
+        self.addCleanup(self.end)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        self.kill(*self.first)
 
     def kill(self, *processes: int, number: int = 9) -> None:
         for pid in processes:
@@ -4374,6 +4396,15 @@ class Workers(ProcessCase):
         for stream in streams:
             stream.until(b"[DONE]")
         self.assertEqual(self.process.wait(PATIENCE), 0)
+
+    def test_a_second_signal_is_passed_on_too_and_ends_all_at_once(self) -> None:
+        stream, = self.streams(Script([content("The"), threading.Event()]), 1)
+        self.process.send_signal(signal.SIGTERM)
+        self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
+        self.process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.process.wait(2), 0)
+        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+            stream.reply()
 
     def test_a_ctrl_c_that_all_processes_get_lets_streams_end_and_a_second_ends_them(self) -> None:
         gate = threading.Event()
