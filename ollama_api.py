@@ -1424,18 +1424,25 @@ def chunks_of(response: http.client.HTTPResponse, limit: int) -> Iterator[JSON]:
     for data in received(response):
         rest += data
         if b"\n" in data:
-            *lines, tail = rest.split(b"\n")
+            *lines, tail = bytes(rest).split(b"\n")
             rest = bytearray(tail)
-            yield from map(parse_line, filter(None, map(bytes, lines)))
+            yield from map(parse_line, filter(None, lines))
         elif len(rest) > limit:
             raise broken(f"a line of more than {limit} bytes")
     if rest.strip():
         yield parse_line(bytes(rest))
 
 
+READER = json.JSONDecoder()
+
+
 def parse_line(line: bytes) -> JSON:
+    """A JSON object. (json.loads guesses encodings and looks for blanks, at twice the cost.)"""
     try:
-        value = json.loads(line.decode())        # of bytes it would guess the encoding
+        text = line.decode().strip(" \t\r\n")
+        value, end = READER.raw_decode(text)
+        if end < len(text):
+            raise ValueError
     except (ValueError, RecursionError) as error:
         raise broken(f"not JSON: {line[:80]!r}") from error
     if not isinstance(value, dict):

@@ -5441,16 +5441,9 @@ def lean_answer(count: int) -> List[bytes]:
             *[b"%x\r\n%s\r\n" % (len(each), each) for each in lines], b"0\r\n\r\n"]
 
 
-@functools.lru_cache(maxsize=None)
-def lean_whole(count: int) -> List[bytes]:
-    """The same in parts of 64 KB."""
-    whole = b"".join(lean_answer(count))
-    return [whole[start:start + 65536] for start in range(0, len(whole), 65536)]
-
-
 class LeanOllama:
     """Answers a question to the model `bench-TOKENS-MILLISECONDS` with so many tokens at that pace,
-    or as fast as they are taken where it is 0. One thread with a timetable does it."""
+    one send each; as fast as they are taken where it is 0. One thread with a timetable does it."""
 
     def __init__(self) -> None:
         self.timetable: List[Tuple[float, int, float, bytes, Iterator[bytes], socket.socket]] = []
@@ -5500,9 +5493,8 @@ class LeanOllama:
 
     def answer(self, sock: socket.socket, wanted: Optional[re.Match[bytes]]) -> None:
         count, pace = (int(wanted[1]), int(wanted[2])) if wanted else (0, 0)
-        parts = iter(lean_answer(count) if pace else lean_whole(count))
-        if not wanted:
-            parts = iter((HEAD + b"Content-Length: 14\r\n\r\n{\"models\": []}",))
+        parts = iter(lean_answer(count) if wanted else
+                     (HEAD + b"Content-Length: 14\r\n\r\n{\"models\": []}",))
         self.enter(time.monotonic(), pace / 1000, next(parts), parts, sock)
 
     def enter(self, due: float, pace: float, part: bytes, parts: Iterator[bytes],
@@ -5518,9 +5510,9 @@ class LeanOllama:
             return
         except OSError:
             return
-        part, due = (part, due) if part else (next(parts, b""), due + pace)
+        part = part or next(parts, b"")
         if part:
-            self.enter(due, pace, part, parts, sock)
+            self.enter(due + pace if pace else time.monotonic(), pace, part, parts, sock)
 
 
 @dataclass
