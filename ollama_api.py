@@ -1624,14 +1624,15 @@ def refusal(status: int, text: str) -> APIError:
 
 
 def innermost_error(text: str) -> JSON:
-    """{"message": ...} out of {"error": "text"}, whose text since 0.30 may be such JSON again."""
+    """{"message": ...} out of {"error": "text"}, whose text since 0.30 may be such JSON again. Of
+    what is no such JSON, a page of a proxy's maybe, the beginning."""
     try:
         error = json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError):
-        return {"message": text.strip()}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        error = None
     if isinstance(error, str):
         return innermost_error(error)
-    return error if isinstance(error, dict) else {"message": text.strip()}
+    return error if isinstance(error, dict) else {"message": text.strip()[:1000]}
 
 
 def tagged(name: str) -> str:

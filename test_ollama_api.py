@@ -4054,6 +4054,7 @@ def head_of(status: str, *fields: str, body: str = "") -> Wire:
 HEADS = [
     (head_of("502 Bad Gateway", "Content-Type: text/html", body="<html>nginx</html>"),
      502, "<html>nginx</html>"),
+    (head_of("500 Internal Server Error", body="[" * 9000), 502, "[[["),
     (head_of("302 Found", "Location: /api/tags", "Content-Length: 0"), 502, "answered 302"),
     (head_of("301 Moved Permanently", "Location: http://127.0.0.1:1/"), 502, "answered 301"),
     (head_of("200 OK", "Content-Encoding: gzip", body="\x1f\x08\n"), 502, "not JSON"),
