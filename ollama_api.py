@@ -1325,8 +1325,9 @@ class Ollama:
         """Refuse images for a model that is blind: up to 0.20 it would answer all the same. Before
         0.6.4 Ollama did not know what its models can do."""
         response = self.open("/api/show", {"model": name}, self.config.ask_seconds)
-        abilities = parse_line(whole(response, self.config.line_bytes)).get("capabilities")
-        if isinstance(abilities, list) and "vision" not in abilities:
+        abilities: List[Any] = told(parse_line(whole(response, self.config.line_bytes)),
+                                    "capabilities", ["vision"])
+        if "vision" not in abilities:
             raise APIError(400, f"model: {dumps(name)} cannot see images.", param="model")
 
     def names_for(self, name: str) -> List[str]:
@@ -1345,15 +1346,14 @@ class Ollama:
         """Up to 0.29 Ollama does not tell them: the window of the loaded model, and an estimate."""
         if error.context:
             return error
-        loaded = (model.get("context_length", 0)
-                  for model in self.get("/api/ps").get("models") or ()
+        loaded = (told(model, "context_length", 0) for model in listed(self.get("/api/ps"))
                   if tagged(model_name(model)) == tagged(body["model"]))
         context = body["options"].get("num_ctx") or next(loaded, 0)
         return PromptTooLong(max(self.rates.tokens(body), context + 1), context)
 
     def models(self) -> List[JSON]:
         """The models that are installed, as /api/tags lists them."""
-        return self.get("/api/tags").get("models") or []
+        return listed(self.get("/api/tags"))
 
     def model(self, name: str) -> JSON:
         """The installed model that a request for `name` is answered by."""
@@ -1529,6 +1529,14 @@ def told(chunk: JSON, name: str, otherwise: T) -> T:
     return value
 
 
+def listed(answer: JSON) -> List[JSON]:
+    """The models that /api/tags or /api/ps tells of."""
+    models: List[Any] = told(answer, "models", [])
+    if not all(isinstance(model, dict) for model in models):
+        raise broken(f"models is {dumps(models)[:80]}")
+    return models
+
+
 class TokenRates:
     """How many bytes of a prompt make a token, for each model: Ollama has no tokenizer to ask, but
     tells afterwards how many there were. One for all requests of a server."""
@@ -1641,7 +1649,7 @@ def tagged(name: str) -> str:
 
 
 def model_name(model: JSON) -> str:
-    return model.get("model") or model.get("name") or ""
+    return told(model, "model", "") or told(model, "name", "")
 
 
 # ---- Anthropic Messages --------------------------------------------------------------------------
@@ -2851,17 +2859,16 @@ def responses(ollama: Ollama, request: Request) -> Answer:
 def model_object(model: JSON) -> JSON:
     """A model of /api/tags, with the keys of OpenAI's model object and of Anthropic's."""
     name = model_name(model)
-    modified = timestamp(model.get("modified_at") or "")
+    modified = timestamp(told(model, "modified_at", ""))
     owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
     answer = {"id": name, "object": "model", "created": int(modified.timestamp()),
               "owned_by": owner, "type": "model", "display_name": name,
               "created_at": modified.strftime("%Y-%m-%dT%H:%M:%SZ")}
-    context = (model.get("details") or {}).get("context_length")
+    context = told(told(model, "details", {}), "context_length", 0)
     if context:
         answer.update(context_length=context, max_input_tokens=context)
-    if model.get("capabilities"):
-        answer["capabilities"] = model["capabilities"]
-    return answer
+    abilities: List[Any] = told(model, "capabilities", [])
+    return {**answer, "capabilities": abilities} if abilities else answer
 
 
 def timestamp(text: str) -> datetime:

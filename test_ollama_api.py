@@ -2654,6 +2654,22 @@ class ModelsAndHealth(ServerCase):
             else:
                 self.assertEqual(len(reply.json["data"]), 5)
 
+    def test_a_list_that_is_none_is_a_broken_answer(self) -> None:
+        for models in (5, [5], [{"name": 5}], [{"name": "a", "details": 5}],
+                       [{"name": "a", "modified_at": 5}], [{"name": "a", "capabilities": 5}],
+                       [{"name": "a", "details": {"context_length": "many"}}]):
+            self.ollama.gets["/api/tags"] = {"models": models}
+            for path in ("/v1/models", "/v1/models/a"):
+                reply = self.ask("GET", path)
+                self.assertEqual((reply.status, "broke off" in reply.text), (502, True), models)
+
+    def test_a_context_that_is_no_number_is_a_broken_answer(self) -> None:
+        for models in (5, [5], [{"name": "plain", "context_length": "many"}]):
+            self.ollama.gets["/api/ps"] = {"models": models}
+            self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
+            reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain"})
+            self.assertEqual((reply.status, "broke off" in reply.text), (502, True), models)
+
     def test_no_models_are_an_empty_list(self) -> None:
         self.ollama.gets["/api/tags"] = {"models": None}
         self.assertEqual(self.ask("GET", "/v1/models").json, {
