@@ -1130,7 +1130,8 @@ def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) ->
         wait(wanted)
 
 
-def send_all(sock: socket.socket, data: bytes, wait: Callable[[int], None]) -> None:
+def send_all(sock: socket.socket, data: Union[bytes, bytearray],
+             wait: Callable[[int], None]) -> None:
     """As sendall, but each wait is for progress alone, and the caller's."""
     view = memoryview(data)
     while view:

@@ -3401,8 +3401,7 @@ class HTTP(ServerCase):
             self.assertRegex(first.recv(65536), b"^HTTP/1.1 200 ")
 
     def test_a_connection_for_which_there_is_no_thread_is_closed(self) -> None:
-        module = ollama_api._thread
-        with mock.patch.object(module, "start_new_thread", side_effect=RuntimeError) as start:
+        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError) as start:
             self.assertEqual(self.raw(b""), b"")
         self.assertEqual(start.call_count, 1)
         self.assertEqual(self.ask("GET", "/health").status, 200)
@@ -3412,7 +3411,8 @@ class HTTP(ServerCase):
         with contextlib.ExitStack() as waiting:
             waiting.callback(server.server_close)
             for _ in range(5):
-                waiting.enter_context(socket.create_connection(server.server_address))
+                waiting.enter_context(socket.create_connection(
+                    ("127.0.0.1", server.server_address[1])))
             server.service_actions()
             self.assertEqual(len(server.connected), 5)
         self.eventually(lambda: not server.connected)
