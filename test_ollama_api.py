@@ -3818,6 +3818,13 @@ class OverTime(ServerCase):
                 self.assertLess(time.monotonic() - left, 0.5)
 
     def test_an_ollama_that_takes_no_request_is_waited_for_until_the_client_leaves(self) -> None:
+        held: List[ollama_api.Upstream] = []     # or the garbage collector would close it
+
+        class Held(ollama_api.Upstream):
+            def __init__(self, *given: Any) -> None:
+                super().__init__(*given)
+                held.append(self)
+        self.enterContext2(mock.patch.object(ollama_api, "Upstream", Held))
         with socket.socket() as stuck:           # it accepts, and reads nothing
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             stuck.bind(("127.0.0.1", 0))
@@ -3829,6 +3836,7 @@ class OverTime(ServerCase):
                 stream.until(b"event: ping")
                 self.assertEqual((server.running, len(server.connected)), (1, 1))
             self.eventually(lambda: not server.connected)
+            self.assertEqual([upstream.closed for upstream in held], [True])
 
     def test_a_reset_by_the_client_frees_the_model(self) -> None:
         script = self.ollama.queue(Script([content("The"), threading.Event()]))
