@@ -301,27 +301,33 @@ plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of 
 
 REPORTED_FIELDS = 64
 INTEGER_DIGITS = 4300              # as newer CPythons have it
-STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+STRINGS = re.compile(rb'"[^"]*"?')
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")     # as signed bytes, 1 and -1
+
+
+def refuse(what: str) -> NoReturn:
+    raise ValueError(f"{what} is not JSON")
+
+
+def finite(digits: str) -> float:
+    return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
+
+
+def bounded(digits: str) -> int:
+    return int(digits) if len(digits) <= INTEGER_DIGITS else refuse(digits[:20] + "...")
+
+
+READER = json.JSONDecoder(parse_constant=refuse, parse_float=finite, parse_int=bounded)
 
 
 def strict_json(data: bytes, depth: int) -> Any:
     """JSON (RFC 8259): strict UTF-8, of bounded depth, without what json.loads takes but Ollama
     does not: NaN, Infinity, floats out of range, lone surrogates. ValueError says why not. Of equal
     keys the last counts. Long integers take a time that grows with the square of their length."""
-    def refuse(what: str) -> NoReturn:
-        raise ValueError(f"{what} is not JSON")
-
-    def finite(digits: str) -> float:
-        return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
-
-    def bounded(digits: str) -> int:
-        return int(digits) if len(digits) <= INTEGER_DIGITS else refuse(digits[:20] + "...")
-
     if nested_deeper(data, depth):
         raise ValueError(f"it is nested deeper than {depth} levels")
-    value = json.loads(data.decode(), parse_constant=refuse, parse_float=finite,
-                       parse_int=bounded)
+    value = READER.decode(data.decode())
     if b"\\u" in data:
         json.dumps(value, ensure_ascii=False).encode()         # fails on a lone surrogate
     return value
@@ -330,15 +336,12 @@ def strict_json(data: bytes, depth: int) -> Any:
 def nested_deeper(data: bytes, depth: int) -> bool:
     """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
 
-    Each round takes the innermost pairs away; json.loads will refuse what does not pair."""
+    In a time that grows with the length alone, whatever is sent, since no other thread runs."""
     if data.count(b"[") + data.count(b"{") <= depth:         # a third of the time of a screenshot
         return False
-    brackets = STRINGS.sub(b"", data).translate(None, NO_BRACKETS)
-    for _ in range(depth):
-        if not brackets:
-            break
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    return b"[]" in brackets or b"{}" in brackets or len(brackets) > depth
+    strings = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    steps = STRINGS.sub(b"", strings).translate(STEPS, NO_BRACKETS)
+    return bool(steps) and max(itertools.accumulate(memoryview(steps).cast("b"))) > depth
 
 
 KINDS: Dict[type, Tuple[str, Tuple[type, ...]]] = {
@@ -915,7 +918,7 @@ def pointed_at(root: Any, pointer: str) -> Any:
     for part in pointer.split("/")[1:]:
         name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(root, list) and re.fullmatch("[0-9]{1,9}", name):
-            root = next(iter(root[int(name):][:1]), None)
+            root = root[int(name)] if int(name) < len(root) else None
         else:
             root = root.get(name) if isinstance(root, dict) else None
     return root
@@ -967,6 +970,7 @@ def narrowed(schema: Any, root: Any, budget: List[int], within: Tuple[str, ...])
             kept = merged(kept, inner(pointed_at(root, value), value))
         elif word == "allOf":
             for part in list_of(value):
+                budget[0] -= sum(map(len, kept.values()))      # as merging them costs, each time
                 kept = merged(kept, inner(part))
         else:
             kept = merged(kept, narrowed_word(word, value, inner, budget))
@@ -1106,7 +1110,7 @@ class Client(Protocol):
         """Show that the answer is still being worked on."""
 
     def heard(self) -> bool:
-        """Take what it sent early; False if that is nothing. ClientLeft if it is the end."""
+        """Take what it sends early; False if that is enough. ClientLeft if it is the end."""
 
 
 # Cheaper to make than epoll or kqueue, and unlike select without a limit of 1,024 descriptors.
@@ -1175,8 +1179,8 @@ class Upstream(io.RawIOBase):
                 continue
             ready = {key.fileobj for key, _ in
                      self.selector.select(min(ping_at, self.give_up) - now)}
-            if self.client.sock in ready and self.client.heard():
-                self.selector.unregister(self.client.sock)   # its next request: no more, for now
+            if self.client.sock in ready and not self.client.heard():
+                self.selector.unregister(self.client.sock)
             if self.sock in ready:
                 return
 
@@ -1434,9 +1438,6 @@ def chunks_of(response: http.client.HTTPResponse, limit: int) -> Iterator[JSON]:
             raise broken(f"a line of more than {limit} bytes")
     if rest.strip():
         yield parse_line(bytes(rest))
-
-
-READER = json.JSONDecoder()
 
 
 def parse_line(line: bytes) -> JSON:
@@ -2877,9 +2878,11 @@ def model_object(model: JSON) -> JSON:
 def timestamp(text: str) -> datetime:
     """Go's RFC 3339, whose nine decimals and Z Python before 3.11 does not read."""
     match = re.match(r"(\d+-\d+-\d+T\d+:\d+:\d+)(?:\.\d+)?(?:Z|([+-]\d+:\d+))?$", text)
-    if match is None:
+    try:
+        when = datetime.fromisoformat(match[1] + (match[2] or "+00:00") if match else text)
+        return when.astimezone(timezone.utc)
+    except (ValueError, OverflowError):
         return datetime.fromtimestamp(0, timezone.utc)
-    return datetime.fromisoformat(match[1] + (match[2] or "+00:00")).astimezone(timezone.utc)
 
 
 def page(found: List[JSON], query: Mapping[str, str]) -> Tuple[List[JSON], bool]:
@@ -3048,16 +3051,16 @@ class Incoming:
         except OSError as error:
             raise ClientLeft from error
 
-    def early(self) -> bool:
-        """Take what has arrived already; False if that is nothing. (A peek would do, if TLS knew
-        one; and there a readable socket may hold but half a record.)"""
+    def early(self, enough: int) -> bool:
+        """Take what has arrived already; whether that is not `enough` yet. (A peek would do, if TLS
+        knew one; and there a readable socket may hold but half a record.)"""
         try:
             self.take()
         except (BlockingIOError, ssl.SSLWantReadError):
-            return False
+            pass
         except OSError as error:
             raise ClientLeft from error
-        return True
+        return len(self.buffer) < enough
 
     def take(self) -> None:
         data = self.sock.recv(64 * 1024)
@@ -3069,12 +3072,14 @@ class Incoming:
         """Wait for a request; False if none comes. RFC 9112, 2.2: skip empty lines before it."""
         self.within(seconds)
         try:
-            while not self.buffer.lstrip(b"\r\n"):
+            for _ in range(8):                   # not for ever: it costs as much as a request
+                self.buffer = self.buffer.lstrip(b"\r\n")
+                if self.buffer:
+                    return True
                 self.receive()
         except (APIError, ClientLeft):
-            return False
-        self.buffer = self.buffer.lstrip(b"\r\n")
-        return True
+            pass
+        return False
 
     def exactly(self, size: int) -> bytes:
         while len(self.buffer) < size:
@@ -3088,7 +3093,7 @@ class Incoming:
         start = 0
         while True:
             end = self.buffer.find(mark, start)
-            if max(end, len(self.buffer) - len(mark)) > limit:
+            if (end if end >= 0 else len(self.buffer) - len(mark)) > limit:
                 raise APIError(431, "The head of the request is too large.")
             if end >= 0:
                 return self.exactly(end + len(mark))[:end]
@@ -3097,7 +3102,7 @@ class Incoming:
 
 
 REQUEST_LINE = re.compile(
-    rb"([A-Za-z]{1,20}) (?:https?://([!-.0-~]+))?(/[!-~]*) HTTP/([0-9]\.[0-9])")
+    rb"([A-Za-z]{1,20}) (?:https?://([!-.0-~]+))?(/[!-~]*|\*) HTTP/([0-9]\.[0-9])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "content-type", "origin",
@@ -3142,9 +3147,10 @@ def body_length(request: Request) -> Optional[int]:
     """How many bytes of body follow the head; None says that it comes in chunks."""
     coding, length = (request.headers.get(name) for name in ("transfer-encoding", "content-length"))
     if coding is None:
-        if not re.fullmatch("[0-9]{1,18}", length or "0"):
+        length = "0" if length is None else length
+        if not re.fullmatch("[0-9]{1,18}", length):
             raise APIError(400, "The Content-Length header is malformed.")
-        return int(length or "0")
+        return int(length)
     if length is not None or request.version == "1.0":
         raise APIError(400, "Transfer-Encoding goes with neither Content-Length nor HTTP/1.0.")
     if coding.lower() != "chunked":
@@ -3170,8 +3176,10 @@ def read_body(incoming: Incoming, length: Optional[int], config: Config) -> byte
         if incoming.exactly(2) != b"\r\n":
             raise APIError(400, "A chunk does not end where its size says.")
     for _ in range(config.head_fields):
-        if not incoming.until(b"\r\n", config.head_bytes):     # trailers mean nothing here
+        field = incoming.until(b"\r\n", config.head_bytes)
+        if not field:
             return bytes(body)
+        read_fields([field])                     # trailers mean nothing here
     raise APIError(431, "There are too many trailer fields.")
 
 
@@ -3260,16 +3268,18 @@ class Exchange:
         self.status = 0                          # 0 until the head of the reply is out
         self.pending: List[bytes] = []           # frames that have not been sent
         self.extra: Dict[str, str] = {}          # header fields of the reply
+        self.counted = contextlib.ExitStack()    # among the requests that run
         self.pings: Optional[Iterator[bytes]] = None          # not None for a stream
         self.ollama: Optional[Ollama] = None
 
     def run(self) -> bool:
         """Answer one request; whether the connection may carry another. All failures end here."""
-        try:
-            self.attempt()
-        except ClientLeft:
-            self.status, self.unread = 499, True
-        log(self.summary())
+        with self.counted:
+            try:
+                self.attempt()
+            except ClientLeft:
+                self.status, self.unread = 499, True
+            log(self.summary())
         if self.unread:
             linger(self.sock, self.config)
         return self.reusable()
@@ -3297,11 +3307,11 @@ class Exchange:
             return
         demand_key(request, self.config)
         route, request.argument = find_route(request)
-        with contextlib.ExitStack() as running:
-            if route.method == "POST":
-                request.body = self.read_json(length)
-                running.enter_context(self.server.one_more())
-            self.serve(route)
+        limit = self.config.running if route.method == "POST" else float("inf")
+        self.counted.enter_context(self.server.one_more(limit))
+        if route.method == "POST":
+            request.body = self.read_json(length)
+        self.serve(route)
 
     def read_json(self, length: Optional[int]) -> JSON:
         headers = self.request.headers
@@ -3309,7 +3319,7 @@ class Exchange:
             raise APIError(411, "The request needs a body with a Content-Length, or a chunked one.")
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise APIError(415, "The body must not be compressed.")
-        if headers.get("expect", "").lower() == "100-continue":
+        if headers.get("expect", "").lower() == "100-continue" and self.request.version != "1.0":
             fitting(length or 0, self.config)
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = read_body(self.incoming, length, self.config)
@@ -3371,7 +3381,7 @@ class Exchange:
             self.flush()
 
     def heard(self) -> bool:
-        return self.incoming.early()
+        return self.incoming.early(self.config.head_bytes)
 
     def end_stream(self) -> None:
         self.write(self.taken() + (b"0\r\n\r\n" if self.chunked() else b""))
@@ -3418,8 +3428,8 @@ class Exchange:
     def summary(self) -> str:
         """The request's line in the log: never a prompt, a key or a query."""
         now = time.monotonic()
-        words = [self.request.method, self.request.path, str(self.request.body.get("model", "-")),
-                 str(self.status)]
+        words = [self.request.method, self.request.path[:200],
+                 str(self.request.body.get("model", "-"))[:200], str(self.status)]
         finish = self.ollama and self.ollama.finish
         if self.ollama and self.ollama.first_at:
             words.append(f"first={self.ollama.first_at - self.began:.2f}s")
@@ -3517,6 +3527,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self.connected.discard(request)
+        if isinstance(request, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                request.unwrap()                 # says that this is the end, and waits for nothing
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3529,10 +3542,10 @@ class Server(http.server.ThreadingHTTPServer):
         return f"{'https' if self.tls else 'http'}://{name}:{port}"
 
     @contextlib.contextmanager
-    def one_more(self) -> Iterator[None]:
-        """Count a running request; 503 when there are too many, or when we are about to leave."""
+    def one_more(self, limit: float) -> Iterator[None]:
+        """Count a running request; 503 when `limit` run already, or when we are about to leave."""
         with self.ended:
-            if self.draining or self.running >= self.config.running:
+            if self.draining or self.running >= limit:
                 raise APIError(503, "The server is shutting down." if self.draining else
                                f"The server is busy with {self.running} requests.", retry_after=1)
             self.running += 1
@@ -3552,18 +3565,23 @@ class Server(http.server.ThreadingHTTPServer):
             self.ended.wait_for(lambda: not self.running, self.config.grace_seconds)
 
 
-def log(text: str) -> None:
-    """A line to stderr, control bytes escaped; a closed or absent stderr breaks nothing."""
-    safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
-    stderr = sys.stderr
+def put(stream: str, text: str) -> None:
+    """Write a line to stdout or stderr, in one go; if that is closed or absent, nothing happens."""
+    file = getattr(sys, stream)
     try:
-        if stderr is not None:
-            stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}\n")    # print: in parts
-            stderr.flush()
+        if file is not None:
+            file.write(text + "\n")
+            file.flush()
     except BrokenPipeError:
-        sys.stderr = None                        # or what is left in it fails at exit: status 120
+        setattr(sys, stream, None)               # or what is left in it fails at exit: status 120
     except (OSError, ValueError):
         pass
+
+
+def log(text: str) -> None:
+    """A line to stderr, control bytes escaped."""
+    safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    put("stderr", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}")
 
 
 def log_traceback() -> None:
@@ -3726,6 +3744,8 @@ def checked_config(config: Config) -> Config:
              "--alias: must look like PATTERN=MODEL"),
             (all(re.fullmatch(r"null|\w[\w.+-]*://[^/\s]+", each) for each in config.allow_origin),
              "--allow-origin: must look like https://chat.example, without a path"),
+            (all(key.strip() == key != "" for key in config.api_key),
+             "--api-key: must not be empty, nor begin or end with a blank"),
             (config.tls_cert or not config.tls_key, "--tls-key: needs a --tls-cert"),
             (1 <= config.workers <= 64, "--workers: must be between 1 and 64"),
             (config.workers == 1 or hasattr(os, "fork"), "--workers: Windows cannot share a port"),
@@ -3798,72 +3818,83 @@ def allow_many_sockets() -> None:
 
 
 def work(server: Server, parent: Optional[int] = None) -> int:
-    """Serve until a signal comes, or `parent`, which would pass one on, is gone; then let what runs
+    """Serve until a signal comes, or `parent`, whose worker this is, has gone; then let what runs
     end. The exit status."""
-    threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = (signal.SIGINT, signal.SIGTERM) if parent is None else (signal.SIGUSR1,)
     try:
+        for number in ends:
+            signal.signal(number, signal.default_int_handler)
+        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
         if parent is None:
-            print(banner(server), flush=True)
+            put("stdout", banner(server))
         # Not in serve_forever, where the exception would fall upon a new connection; and not in one
         # long sleep, which a signal that another thread gets does not end.
         while parent is None or os.getppid() == parent:
             time.sleep(0.2)
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ends:
             signal.signal(number, signal.SIG_DFL)        # a second one ends the process at once
     server.drain()
     return 0
 
 
-def start_worker(server: Server, workers: Set[int]) -> None:
-    """Fork a process that serves. A terminal's Ctrl-C goes to all of them: the parent alone heeds
-    it, and passes it on as SIGTERM."""
-    parent, signals = os.getpid(), (signal.SIGINT, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)    # as long as it is not clear for whom
-    child = os.fork()
-    if child:
-        workers.add(child)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        return
+def be_worker(server: Server, parent: int) -> NoReturn:
+    """Serve in a process of its own. SIGINT and SIGTERM stay blocked in it: terminals and service
+    managers send them to all processes, and the parent passes them on, once."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         os._exit(work(server, parent))
     finally:
         os._exit(1)                              # never on into what the parent does
 
 
-def ended(workers: Set[int]) -> Iterator[int]:
+def start_workers(server: Server, workers: Set[int]) -> None:
+    """Fork as many processes as are missing."""
+    parent, signals = os.getpid(), (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        while len(workers) < server.config.workers:
+            child = os.fork()
+            if child == 0:
+                be_worker(server, parent)
+            workers.add(child)
+    except OSError as error:
+        log(f"a worker cannot be started: {error}")
+        time.sleep(1)                            # and then the caller tries again
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def ended(workers: Set[int]) -> List[int]:
     """Those that have ended since, which are taken out."""
-    for child in list(workers):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            workers.discard(child)
-            yield child
+    found = [child for child in workers if os.waitpid(child, os.WNOHANG)[0]]
+    workers.difference_update(found)
+    return found
 
 
 def supervise(server: Server) -> int:
     """Keep --workers processes serving, which accept from one socket; the exit status."""
     workers: Set[int] = set()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # or, ignored, nobody is told of an end
     try:
-        for _ in range(server.config.workers):
-            start_worker(server, workers)
-        print(banner(server), flush=True)
+        start_workers(server, workers)
+        put("stdout", banner(server))
         while True:
             time.sleep(0.2)
             for child in ended(workers):
                 log(f"worker {child} has ended; another one takes its place")
-                start_worker(server, workers)
+            start_workers(server, workers)
     except KeyboardInterrupt:
-        server.server_close()
-    while workers:
-        with contextlib.suppress(KeyboardInterrupt):     # a second signal is passed on as well
+        pass
+    for number in (signal.SIGUSR1, signal.SIGKILL):      # the second at a second signal, or for
+        with contextlib.suppress(KeyboardInterrupt):     # those that do not heed the first
+            server.server_close()
             for child in workers:
-                os.kill(child, signal.SIGTERM)
-            while workers:
+                os.kill(child, number)
+            give_up = time.monotonic() + server.config.grace_seconds + 2
+            while workers and time.monotonic() < give_up:
                 time.sleep(0.02)
-                list(ended(workers))
+                ended(workers)
     return 0
 
 

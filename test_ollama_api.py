@@ -2323,6 +2323,8 @@ BAD_BODIES = [
     (CHAT, b'{"temperature": -Infinity}', "The body is not JSON: -Infinity is not JSON."),
     (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
     (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
+    (CHAT, b"[" * 201 + b'"' + b'\\"' * 30_000,
+     "The body is not JSON: it is nested deeper than 200 levels."),
     (CHAT, b"[" * 100000, "The body is not JSON: it is nested deeper than 200 levels."),
     (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is not JSON: it is nested deeper than 200 levels."),
     (MESSAGES, b"{", "The body is not JSON: Expecting property name"),
@@ -2398,6 +2400,16 @@ class Tables(ServerCase):
                     self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
                 self.assertEqual(reply.headers["x-should-retry"], "false")
         self.assertEqual(self.ollama.asked, [])
+
+    def test_how_deep_brackets_are_nested(self) -> None:
+        for data, deeper in (
+                (b'["' + b"[" * 300 + b'"]', False), (b'["\\""' + b"[" * 300, True),
+                (b'["\\\\"' + b"[" * 300, True), (b'["\\"' + b"[" * 300 + b'"]', False),
+                (b'["\\\\\\"' + b"[" * 300 + b'"]', False), (b'["a"' + b"[" * 300, True),
+                (b"[]" * 300, False), (b"[{" * 100 + b"}]" * 100, False),
+                (b"[{" * 101 + b"}]" * 101, True), (b'"' + b"[" * 300 + b'"', False)):
+            with self.subTest(data[:20]):
+                self.assertEqual(ollama_api.nested_deeper(data, 200), deeper)
 
     def test_of_equal_keys_the_last_counts_and_long_numbers_come_through(self) -> None:
         self.ollama.queue(Script())
@@ -2662,6 +2674,11 @@ class ModelsAndHealth(ServerCase):
             for path in ("/v1/models", "/v1/models/a"):
                 reply = self.ask("GET", path)
                 self.assertEqual((reply.status, "broke off" in reply.text), (502, True), models)
+
+    def test_a_time_that_is_none_is_the_beginning_of_time(self) -> None:
+        for modified in ("2026-13-45T00:00:00Z", "0001-01-01T00:00:00+02:00", "soon", ""):
+            self.ollama.gets["/api/tags"] = {"models": [{"name": "a", "modified_at": modified}]}
+            self.assertEqual(self.ask("GET", "/v1/models").json["data"][0]["created"], 0)
 
     def test_a_context_that_is_no_number_is_a_broken_answer(self) -> None:
         for models in (5, [5], [{"name": "plain", "context_length": "many"}]):
@@ -3280,6 +3297,11 @@ RAW = [
     ("endless length", POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400, False),
     ("endless chunk extension", CHUNKED + b"\r\n2;" + b"a" * 300 + b"\r\n{}", 431, False),
     ("endless chunk size", CHUNKED + b"\r\n" + b"0" * 30 + b"2\r\n{}\r\n", 400, False),
+    ("a chunk of 1 KB", CHUNKED + b"\r\n400\r\n" + b" " * 1024 + b"\r\n0\r\n\r\n", 400, True),
+    ("empty length", HEALTH + b"Content-Length:\r\n\r\n", 400, False),
+    ("bare LF in a trailer", CHUNKED + b"\r\n2\r\n{}\r\n0\r\na: b\nGET /\r\n\r\n", 400, False),
+    ("OPTIONS for all", b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", 204, True),
+    ("asterisk", b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n", 404, True),
     ("too many trailers", CHUNKED + b"\r\n2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 101, 431, False),
     ("control byte in the target", b"GET /\x01 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, False),
     ("no-break space", b"GET /health\xa0HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, False),
@@ -3365,6 +3387,22 @@ class HTTP(ServerCase):
         reply = self.raw(POST + b"Connection: close\r\nTransfer-Encoding: Chunked\r\n\r\n" + chunks
                          + b"0\r\nTrailer: x\r\n\r\n")
         self.assertIn(b"The sky is blue.", reply)
+
+    def test_what_comes_after_a_head_does_not_count_as_head(self) -> None:
+        reply = self.raw((HEALTH + b"\r\n") * 2000 + HEALTH + LAST)
+        self.assertEqual(reply.count(b"HTTP/1.1 200 OK"), 2001)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(POST[:10])
+            self.eventually(lambda: self.server.connected)
+            sock.sendall(POST[10:] + b"Content-Length: 3000000\r\n\r\n" + b" " * 3_000_000)
+            self.assertRegex(sock.recv(65536), b"^HTTP/1.1 400 ")
+
+    def test_empty_lines_are_not_read_for_ever(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            end = time.monotonic() + PATIENCE
+            while not select.select([sock], [], [], 0.005)[0] and time.monotonic() < end:
+                sock.sendall(b"\r\n")
+            self.assertLess(time.monotonic(), end, "it waits for a request as long as lines come")
 
     def test_a_body_that_waits_for_a_100_gets_one(self) -> None:
         self.ollama.queue(Script())
@@ -3522,6 +3560,9 @@ class HTTP(ServerCase):
         self.ask("POST", CHAT + "?key=secret", {"messages": USER, "model": "a\nb"})
         self.eventually(lambda: LOG)
         self.assertRegex(LOG[0], f"^POST {CHAT} a\nb 200 first=.*s in=7 out=6 .*/s total=")
+        self.ask("POST", CHAT, {"messages": 5, "model": "a" * 100_000})
+        self.eventually(lambda: len(LOG) > 1)
+        self.assertLess(len(LOG[1]), 400)
         with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
             REAL_LOG(LOG[0] + "\x1b[31m")
         self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
@@ -3529,9 +3570,10 @@ class HTTP(ServerCase):
     def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
         closed = io.StringIO()
         closed.close()
-        for stderr in (closed, None):
-            with mock.patch("sys.stderr", stderr):
-                REAL_LOG("a line")
+        full = mock.Mock(write=mock.Mock(side_effect=OSError("no space left")))
+        for file, name in itertools.product((closed, None, full), ("stdout", "stderr")):
+            with mock.patch("sys." + name, file):
+                ollama_api.put(name, "a line")
 
 
 class WebPages(ServerCase):
@@ -3667,6 +3709,15 @@ class TLS(ServerCase):
             self.assertIn(b"The sky is blue.", until(lambda: tls.read(65536)))
             sock.sendall(record[20:])
             self.assertIn(b'"status": "ok"', until(lambda: tls.read(65536)))
+
+    def test_the_end_is_said_in_words_of_tls(self) -> None:
+        context = ssl.create_default_context(cafile=self.pem)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as plain:
+            with context.wrap_socket(plain, server_hostname="localhost",
+                                     suppress_ragged_eofs=False) as sock:
+                sock.sendall(HEALTH + LAST)
+                reply = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertRegex(reply, b"^HTTP/1.1 200 ")
 
     def test_who_speaks_plain_http_or_nothing_holds_up_nobody(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE):
@@ -3866,6 +3917,16 @@ class OverTime(ServerCase):
         self.assertIn(b"The sky is blue.", reply)
         self.assertIn(b'"status": "ok"', reply)
 
+    def test_a_client_that_sends_something_early_and_leaves_frees_the_model(self) -> None:
+        for early in (b"\r\n", HEALTH + b"\r\n"):
+            script = self.ollama.queue(Script([threading.Event()]))
+            with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+                sock.sendall(post({"messages": USER, "stream": False}))
+                self.assertTrue(script.waits.wait(PATIENCE))
+                sock.sendall(early)
+                self.assertFalse(script.left.wait(0.1))
+            self.assertTrue(script.left.wait(PATIENCE), early)
+
     def test_what_a_client_sends_early_does_not_fill_the_memory(self) -> None:
         gate = threading.Event()
         script = self.ollama.queue(Script([gate, *SKY]))
@@ -3964,6 +4025,27 @@ class OverTime(ServerCase):
             leaving.join(PATIENCE)
             self.assertFalse(leaving.is_alive())
 
+    def test_what_is_not_a_chat_may_end_too(self) -> None:
+        gate = threading.Event()
+        script = Script([gate, TAGS])
+        self.ollama.gets["/api/tags"] = script
+        with self.open("GET", "/v1/models") as stream:
+            self.assertTrue(script.waits.wait(PATIENCE))
+            leaving = threading.Thread(target=self.server.drain)
+            leaving.start()
+            self.eventually(lambda: self.server.draining)
+            self.assertEqual(self.server.running, 1)
+            gate.set()
+            self.assertEqual(stream.reply().status, 200)
+            leaving.join(PATIENCE)
+
+    def test_a_body_that_is_still_coming_counts_as_a_request_that_runs(self) -> None:
+        self.port = self.serve(running=1).server_address[1]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(POST + b"Content-Length: 999\r\n\r\n{")
+            self.eventually(lambda: self.ask("POST", CHAT, {"messages": 5}).status == 503)
+            self.assertEqual(self.ask("GET", "/health").status, 200)
+
     def test_a_client_that_half_closes_has_left(self) -> None:
         script = self.ollama.queue(Script([threading.Event()]))
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
@@ -4055,6 +4137,9 @@ BROKEN: List[Tuple[List[Any], str]] = [
     ([], "without saying that it was done"),
     ([Wire(b"fff\r\n{"), CUT], "IncompleteRead"), ([Wire(b"zz\r\n{"), CUT], "IncompleteRead"),
     ([b"{broken\n"], "not JSON"), ([b"[1]\n"], "not an object"),
+    ([b'{"message": {"tool_calls": [{"function": {"name": "a", "arguments": {"x": NaN}}}]}}\n'],
+     "not JSON"),
+    ([b'{"message": {"content": "a"}, "logprobs": [{"logprob": -1e999}]}\n'], "not JSON"),
     ([b"[" * 5000 + b"\n"], "not JSON"), ([b'{"message": {"content": "\xff"}}\n'], "not JSON"),
     ([b'{"message": {"content": "' + b"x" * 10000], "a line of more than 9999 bytes"),
     ([b"<html>Bad Gateway</html>"], "not JSON"), ([b"\x1f\x8b\x08\0\n"], "not JSON"),
@@ -4364,7 +4449,9 @@ class Workers(ProcessCase):
     def setUp(self) -> None:
         self.ollama = self.scripted()
         self.ollama.forever = lambda body: Script()
-        self.process, banner, self.port = self.start("--workers", "2", "--ollama", self.ollama.url)
+        ignored = ("sh", "-c", 'trap "" CHLD; exec "$0" "$@"', *COMMAND)     # as some parents do
+        self.process, banner, self.port = self.start("--workers", "2", "--ollama", self.ollama.url,
+                                                     command=ignored)
         self.assertIn("plain:latest", banner[1])
         self.first = self.workers()
         self.addCleanup(self.end)
@@ -4412,15 +4499,36 @@ class Workers(ProcessCase):
             sock.sendall(said("good"))
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
-    def test_a_signal_is_passed_on_and_lets_all_streams_end(self) -> None:
-        gate = threading.Event()
-        streams = self.streams(Script([content("The"), gate, done()]), 8)
+    def test_a_signal_to_the_parent_or_to_all_lets_all_streams_end(self) -> None:
+        for everybody in (False, True):          # as a service manager may do
+            gate = threading.Event()
+            streams = self.streams(Script([content("The"), gate, done()]), 8)
+            self.kill(self.process.pid, *(self.workers() * everybody), number=signal.SIGTERM)
+            self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
+            gate.set()
+            for stream in streams:
+                stream.until(b"[DONE]")
+            self.assertEqual(self.process.wait(PATIENCE), 0)
+            self.setUp()
+
+    def test_a_worker_that_is_stopped_does_not_keep_the_others_from_ending(self) -> None:
+        self.kill(self.first[0], number=signal.SIGSTOP)
         self.process.send_signal(signal.SIGTERM)
-        self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
-        gate.set()
-        for stream in streams:
-            stream.until(b"[DONE]")
-        self.assertEqual(self.process.wait(PATIENCE), 0)
+        deadline = time.monotonic() + PATIENCE
+        while len(self.workers()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(self.workers(), self.first[:1])
+        self.process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.process.wait(2), 0)
+
+    def test_a_worker_that_cannot_be_forked_is_tried_again(self) -> None:
+        server = mock.Mock(config=Config(workers=2))
+        with mock.patch("os.fork", side_effect=[7, OSError("no more")]), mock.patch("time.sleep"), \
+                mock.patch.object(ollama_api, "log") as log:
+            workers = set()
+            ollama_api.start_workers(server, workers)
+        self.assertEqual(workers, {7})
+        self.assertIn("no more", str(log.call_args))
 
     def test_a_second_signal_is_passed_on_too_and_ends_all_at_once(self) -> None:
         stream, = self.streams(Script([content("The"), threading.Event()]), 1)
@@ -4570,6 +4678,7 @@ class CommandLine(unittest.TestCase):
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
                            (["--default-stream", "x"], "--default-stream"),
                            (["--allow-origin", "*"], "--allow-origin"),
+                           (["--api-key", ""], "--api-key"), (["--api-key", "a "], "--api-key"),
                            (["--allow-origin", "https://a/b"], "--allow-origin"),
                            (["--tls-key", "a"], "--tls-key"),
                            (["--tls-cert", "/absent"], "--tls-cert")):
