@@ -268,7 +268,7 @@ class APIError(Exception):
     """A failure that a client is told of, in the words of its dialect.
 
     `param` is the path of the field to blame, `code` OpenAI's machine-readable reason, `details`
-    Anthropic's. Without `retry_after` (seconds) asking again cannot help, and clients are told."""
+    Anthropic's. Without `retry_after` (seconds) clients are told not to ask again by themselves."""
 
     def __init__(self, status: int, message: str, param: Optional[str] = None,
                  code: Optional[str] = None, retry_after: Optional[int] = None,
@@ -431,8 +431,8 @@ OLLAMA_OPTIONS = {name: Option(name, kind) for kind, names in (
 
 
 def ollama_options(body: JSON, table: Mapping[str, Option]) -> Tuple[JSON, List[str]]:
-    """The options of fields in `table` and in Ollama's own `options`, which goes first; and its
-    stop texts, which Ollama is not sent (see until_stop)."""
+    """The options of fields in `table`, overridden by those in Ollama's own `options`; and its stop
+    texts, which Ollama is not sent (see until_stop)."""
     own = optional(body, "options", dict) or {}
     stop = stop_texts(optional(own, "options.stop", list) or [], "options.stop")
     options = {**options_of(body, table), **own}
@@ -1202,8 +1202,10 @@ class UpstreamSocket:
     def sendall(self, data: bytes) -> None:
         self.request += data                          # the head comes first, and alone
 
-    def makefile(self, mode: str) -> io.BufferedReader:
+    def send(self) -> None:
         send_all(self.upstream.sock, self.request, self.upstream.wait)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self.upstream, 64 * 1024)
 
     def close(self) -> None:
@@ -1220,7 +1222,11 @@ class UpstreamConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         super().connect()
-        self.sock = self.watch(self.sock)
+        self.sock = self.watched = self.watch(self.sock)
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        self.watched.send()
+        return super().getresponse()
 
 
 class UpstreamTLSConnection(UpstreamConnection, http.client.HTTPSConnection):
@@ -1258,7 +1264,7 @@ class Ollama:
     def __init__(self, config: Config, client: Client, rates: TokenRates) -> None:
         self.config, self.client, self.rates = config, client, rates
         self.opened = contextlib.ExitStack()
-        self.first_at = 0.0                            # when the first event came, for the log
+        self.first_at = 0.0                            # when the first chunk came, for the log
         self.finish: Optional[Finish] = None           # the same
 
     def __enter__(self) -> Ollama:
@@ -1274,12 +1280,16 @@ class Ollama:
         """POST /api/chat or generate: the events of the answer. Asks when it is first advanced."""
         body: JSON = {**chat.body, "stream": True}
         path = "/api/generate" if "prompt" in body else "/api/chat"
-        events = events_of(chunks_of(self.ask(path, body), self.config.line_bytes))
-        for event in read_as(chat, self.noted(chat, events)):
-            self.first_at = self.first_at or time.monotonic()
+        chunks = self.timed(chunks_of(self.ask(path, body), self.config.line_bytes))
+        for event in read_as(chat, self.noted(chat, events_of(chunks))):
             if isinstance(event, Finish):
                 self.finish = event
             yield event
+
+    def timed(self, chunks: Iterator[JSON]) -> Iterator[JSON]:
+        for chunk in chunks:
+            self.first_at = self.first_at or time.monotonic()
+            yield chunk
 
     def noted(self, chat: Chat, events: Iterator[Event]) -> Iterator[Event]:
         """Learn from Ollama's own count of the prompt."""
@@ -1292,8 +1302,8 @@ class Ollama:
                stream: Callable[[Chat, Iterator[Event]], Iterator[bytes]],
                pings: Iterator[bytes]) -> Answer:
         """Ask, and have the dialect word the answer in the way that the client wants it."""
-        events = self.chat(chat)
         chat.prompt_tokens = self.rates.tokens(chat.body)
+        events = self.chat(chat)
         if chat.stream:
             return Answer(stream(chat, events), pings=pings, ignored=chat.ignored)
         return Answer(reply(chat, events), ignored=chat.ignored)
@@ -1355,7 +1365,8 @@ class Ollama:
             return error
         loaded = (told(model, "context_length", 0) for model in listed(self.get("/api/ps"))
                   if tagged(model_name(model)) == tagged(body["model"]))
-        context = body["options"].get("num_ctx") or next(loaded, 0)
+        asked = body["options"].get("num_ctx")
+        context = asked if isinstance(asked, int) else next(loaded, 0)
         return PromptTooLong(max(self.rates.tokens(body), context + 1), context)
 
     def models(self) -> List[JSON]:
@@ -1599,7 +1610,7 @@ def broken(how: object) -> APIError:
     if isinstance(how, TimeoutError):
         return APIError(504, "Ollama did not answer in time.")
     reason = how if isinstance(how, str) else repr(how)
-    return APIError(502, f"Ollama's answer broke off: {reason}.")
+    return APIError(502, f"Ollama's answer is broken: {reason}.")
 
 
 # What Ollama's refusals mean: the first pattern that is found in the text decides the status. Texts
@@ -1964,9 +1975,9 @@ def messages_block_frames(index: int, kind: type, run: Iterator[Any]) -> Iterato
         yield delta(type="input_json_delta", partial_json=dumps(block["input"]))
     else:
         yield start(messages_block(kind, []))
-    of_text = prepared(lambda text: delta(type="thinking_delta", thinking=text) if kind is Thinking
-                       else delta(type="text_delta", text=text))
-    yield from (of_text(part.text) for part in run)
+        of_text = prepared(lambda text: delta(type="thinking_delta", thinking=text)
+                           if kind is Thinking else delta(type="text_delta", text=text))
+        yield from (of_text(part.text) for part in run)
     if kind is Thinking:
         yield delta(type="signature_delta", signature="")
     yield sse({"type": "content_block_stop", "index": index})
@@ -2119,7 +2130,7 @@ def openai_error(error: APIError, _request_id: str) -> JSON:
 CHAT_OPTIONS = {
     **OLLAMA_OPTIONS,
     "max_tokens": Option("num_predict", int, at_least=1),
-    "max_completion_tokens": Option("num_predict", int, at_least=1),     # the newer name goes first
+    "max_completion_tokens": Option("num_predict", int, at_least=1),     # newer: it counts
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float),
     "seed": Option("seed", int),
@@ -2155,7 +2166,7 @@ def chat_request(body: JSON) -> Chat:
 
 def chat_settings(body: JSON, asked: OllamaChat) -> Chat:
     """A chat with what completions have in common with it."""
-    if (optional(body, "n", int) or 1) != 1:
+    if optional(body, "n", int) not in (None, 1):
         raise invalid("n", "must be 1: Ollama gives one answer at a time")
     stream_options = optional(body, "stream_options", dict) or {}
     options, stop = ollama_options(body, CHAT_OPTIONS)
@@ -2514,8 +2525,9 @@ RESPONSES_OPTIONS = {
     "top_p": Option("top_p", float)}
 RESPONSES_FIELDS = {
     "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
-    "text.format", "reasoning.effort", "previous_response_id", "conversation", "prompt",
-    "background", "options", "keep_alive", "think", *RESPONSES_OPTIONS}
+    "text.format", "reasoning.effort", "reasoning_effort", "previous_response_id", "conversation",
+    "prompt", "background", "options", "keep_alive", "think",
+    "chat_template_kwargs.enable_thinking", *RESPONSES_OPTIONS}
 RESPONSES_ECHO: JSON = {                 # what is repeated of a request, or else said
     "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
     "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
@@ -2704,7 +2716,7 @@ def responses_format(body: JSON) -> Tuple[Optional[JSON], str]:
     kind = one_of(wanted, "text.format.type", ("text", "json_object", "json_schema"))
     if kind == "json_schema":
         return required(wanted, "text.format.schema", dict), "text.format.schema"
-    return ({"type": "object"} if kind == "json_object" else None), ""
+    return ({"type": "object"} if kind == "json_object" else None), "text.format"
 
 
 def responses_usage(finish: Finish) -> JSON:
@@ -3634,7 +3646,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
     def generate(self, body: JSON) -> Iterator[JSON]:
         question: JSON = {"messages": [{"role": "user", "content": body["prompt"]}]}
         for chunk in self.chat({**body, **question}):
-            yield {**chunk, "response": chunk.pop("message")["content"]}
+            yield {**chunk, "response": chunk["message"]["content"]}
 
     def embed(self, body: JSON) -> Iterator[JSON]:
         vectors = [[text.count(letter) / len(text) for letter in "etaoinsr"]
@@ -3685,8 +3697,8 @@ def start_demo(config: Config) -> Config:
 
 # ---- Command line --------------------------------------------------------------------------------
 # Every field of Config that was made by `option` becomes --name and OLLAMA_API_NAME here. The
-# command line goes before the environment, and that before the default. The variable of an option
-# that may be repeated has commas between its values.
+# command line overrides the environment, and that the default. The variable of an option that may
+# be repeated has commas between its values.
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The configuration that was asked for; exits, with a line that says why, when it is wrong."""
@@ -3716,8 +3728,18 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 EPILOG = """Each option is an environment variable as well: OLLAMA_API_PORT for --port, and so on;
-but OLLAMA_HOST for --ollama, and OLLAMA_API_SERVER_KEY for --api-key. OLLAMA_API_KEY is the key
-that is sent to an Ollama behind https."""
+but OLLAMA_HOST for --ollama, and OLLAMA_API_SERVER_KEY for --api-key. Several values have commas
+between them; 1, true, yes and on mean that a switch is on. The command line overrides them.
+OLLAMA_API_KEY is the key that is sent to an Ollama behind https."""
+
+
+class Repeated(argparse.Action):
+    """Collects the values of an option that may be repeated. (argparse's own `append` would add
+    them to those of the environment.)"""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(given if given is not self.default else ()), values])
 
 
 def argument(field: Any, environ: Mapping[str, str]) -> JSON:
@@ -3726,7 +3748,7 @@ def argument(field: Any, environ: Mapping[str, str]) -> JSON:
     text = environ.get(how.pop("env", "OLLAMA_API_" + field.name.upper()), "")
     default: Any = text or field.default
     if how.get("action") == "append":
-        default = [part for part in text.split(",") if part]
+        how["action"], default = Repeated, [part for part in text.split(",") if part]
     elif how.get("action") == "store_true":
         default = text.lower() in ("1", "true", "yes", "on")
     shown = f" ({field.default})" if field.default not in (None, (), False, "") else ""
@@ -3779,6 +3801,10 @@ class Nobody:
     def __init__(self) -> None:
         self.sock, self.other = socket.socketpair()
 
+    def close(self) -> None:
+        self.sock.close()
+        self.other.close()
+
     def flush(self) -> None:
         pass
 
@@ -3793,17 +3819,21 @@ def banner(server: Server) -> str:
     """Where we listen, which Ollama was found or how to start it, and a line to try."""
     config = server.config
     lines = [f"ollama_api.py {__version__} listens on {server.url}"]
+    body: JSON = {"messages": [{"role": "user", "content": "Hello!"}]}
     try:
-        with Ollama(config, Nobody(), server.rates) as ollama:
+        with contextlib.closing(Nobody()) as nobody, Ollama(config, nobody, server.rates) as ollama:
             version = ollama.get("/api/version", config.health_seconds).get("version")
             names = [model_name(model) for model in ollama.models()]
+            wanted = {tagged(name) for name in ollama.names_for(config.model)}
+        if names and wanted.isdisjoint(map(tagged, names)):
+            body["model"] = names[0]
         shown = ", ".join(names) or "none; try: ollama pull phi4"
         lines.append(f"Ollama {version} at {config.ollama}, models: {shown}")
     except APIError as error:
         lines.append(error.message)
-    body = dumps({"messages": [{"role": "user", "content": "Hello!"}]})
-    quoted = f"'{body}'" if os.name != "nt" else '"' + body.replace('"', '\\"') + '"'
-    lines.append(f"Try: curl {server.url}/v1/chat/completions -d {quoted}")
+    text, key = dumps(body), ' -H "x-api-key: KEY"' if config.api_key else ""
+    quoted = f"'{text}'" if os.name != "nt" else '"' + text.replace('"', '\\"') + '"'
+    lines.append(f"Try: curl {server.url}/v1/chat/completions{key} -d {quoted}")
     return "\n".join(lines)
 
 

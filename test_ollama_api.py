@@ -55,7 +55,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import ollama_api
@@ -673,7 +673,7 @@ class ChatConversations(ServerCase):
                        "model": "phi4:latest", "choices": [{"index": 0, "logprobs": null,
                        "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
                 data: {"choices": [{"delta": {"content": "The"}}]}
-                data: {"error": {"message": "Ollama's answer broke off: IncompleteRead(0 bytes read).",
+                data: {"error": {"message": "Ollama's answer is broken: IncompleteRead(0 bytes read).",
                        "type": "api_error", "param": null, "code": null}}
             """)
 
@@ -689,7 +689,7 @@ class ChatConversations(ServerCase):
                 content " same"
                 content " same"
             client gets 502 application/json
-                {"error": {"message": "Ollama's answer broke off: it ended without saying that it was done.",
+                {"error": {"message": "Ollama's answer is broken: it ended without saying that it was done.",
                            "type": "api_error", "param": null, "code": null}}
             """)
 
@@ -1547,7 +1547,7 @@ class MessagesConversations(ServerCase):
                        "delta": {"type": "text_delta", "text": "The"}}
                 event: error
                 data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                       "message": "Ollama's answer broke off: IncompleteRead(0 bytes read)."}}
+                       "message": "Ollama's answer is broken: IncompleteRead(0 bytes read)."}}
             """)
 
     def test_a_model_that_is_not_installed_is_a_404_on_a_stream_too(self) -> None:
@@ -1980,7 +1980,7 @@ class MessagesConversations(ServerCase):
                        "delta": {"type": "text_delta", "text": "Let"}}
                 event: error
                 data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                       "message": "Ollama's answer broke off: IncompleteRead(0 bytes read)."}}
+                       "message": "Ollama's answer is broken: IncompleteRead(0 bytes read)."}}
             """)
 
     def test_a_prefill_is_continued_and_not_repeated(self) -> None:
@@ -2313,6 +2313,7 @@ BAD_BODIES = [
     (MESSAGES, {"messages": USER, "tools": [{"name": "a"}], "tool_choice": {"type": "any"},
                 "output_format": {"type": "xml"}}, "output_format.type: must be one of"),
     (MESSAGES, {"messages": USER, "top_k": None, "stream": 1}, "stream: must be true or false"),
+    (CHAT, {"messages": USER, "n": 0}, "n: must be 1"),
     (CHAT, b"{nope", "The body is not JSON: Expecting property name"),
     (CHAT, b"", "The body is not JSON: Expecting value"),
     (CHAT, b"[1]", "The body must be a JSON object, not a list."),
@@ -2673,19 +2674,26 @@ class ModelsAndHealth(ServerCase):
             self.ollama.gets["/api/tags"] = {"models": models}
             for path in ("/v1/models", "/v1/models/a"):
                 reply = self.ask("GET", path)
-                self.assertEqual((reply.status, "broke off" in reply.text), (502, True), models)
+                self.assertEqual((reply.status, "is broken" in reply.text), (502, True), models)
 
     def test_a_time_that_is_none_is_the_beginning_of_time(self) -> None:
         for modified in ("2026-13-45T00:00:00Z", "0001-01-01T00:00:00+02:00", "soon", ""):
             self.ollama.gets["/api/tags"] = {"models": [{"name": "a", "modified_at": modified}]}
             self.assertEqual(self.ask("GET", "/v1/models").json["data"][0]["created"], 0)
 
+    def test_a_context_that_the_client_gave_as_a_text_is_not_calculated_with(self) -> None:
+        self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
+        reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain",
+                                        "options": {"num_ctx": "12"}})
+        self.assertEqual((reply.status, reply.json["error"]["code"]),
+                         (400, "context_length_exceeded"))
+
     def test_a_context_that_is_no_number_is_a_broken_answer(self) -> None:
         for models in (5, [5], [{"name": "plain", "context_length": "many"}]):
             self.ollama.gets["/api/ps"] = {"models": models}
             self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
             reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain"})
-            self.assertEqual((reply.status, "broke off" in reply.text), (502, True), models)
+            self.assertEqual((reply.status, "is broken" in reply.text), (502, True), models)
 
     def test_no_models_are_an_empty_list(self) -> None:
         self.ollama.gets["/api/tags"] = {"models": None}
@@ -3328,6 +3336,11 @@ IGNORED: List[Any] = [
             "tool_choice": "required", "reasoning_effort": "high"},
      "logit_bias, reasoning_effort, store, tools.0.function.parameters.properties.a"
      ".pattern, user, verbosity"),
+    (RESPONSES, {"input": "Hi", "messages": None, "reasoning_effort": "low",
+                 "chat_template_kwargs": {"enable_thinking": True}}, None),
+    (RESPONSES, {"input": "Hi", "messages": None, "text": {"format": {"type": "json_object"}},
+                 "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"},
+     "text.format"),
     (RESPONSES, {"input": [{"type": "item_reference", "id": "i"},
                            {"role": "user", "content": "Hi"}], "messages": None,
                  "store": False, "include": [], "truncation": "auto", "background": False,
@@ -3530,6 +3543,8 @@ class HTTP(ServerCase):
         head = self.ask("HEAD", "/")
         self.assertEqual((head.status, head.text), (200, ""))
         self.assertGreater(int(head.headers["content-length"]), 0)
+        reply = self.raw((HEALTH + b"\r\n").replace(b"GET", b"HEAD") + HEALTH + LAST)
+        self.assertEqual((reply.count(b"HTTP/1.1 200 OK"), reply.count(b"\n{")), (2, 1))
         self.assertEqual(self.ask("OPTIONS", "/v1/messages").headers["allow"], "OPTIONS, POST")
         refused = self.ask("GET", "/v1/chat/completions")
         self.assertEqual((refused.status, refused.headers["allow"]), (405, "OPTIONS, POST"))
@@ -3566,6 +3581,18 @@ class HTTP(ServerCase):
         with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
             REAL_LOG(LOG[0] + "\x1b[31m")
         self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
+
+    def test_the_time_to_the_first_token_is_that_of_ollamas_even_where_it_is_held_back(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([line(calls(("a", {}))), gate, done()]))
+        with self.open("POST", MESSAGES, {"messages": USER, "tools": [{"name": "a"}]}) as stream:
+            self.assertTrue(script.waits.wait(PATIENCE))
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            stream.reply()
+        self.eventually(lambda: LOG)
+        first, total = map(float, re.findall(r"(?:first|total)=([\d.]+)s", LOG[0]))
+        self.assertLess(first + 0.1, total)
 
     def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
         closed = io.StringIO()
@@ -3727,6 +3754,67 @@ class TLS(ServerCase):
                 self.assertRegex(sock.recv(65536), b"^HTTP/1.1 200 ")
 
 
+class OllamaBehindTLS(ServerCase):
+    """An Ollama elsewhere, behind https."""
+    settings = {"ollama_key": "secret"}
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.enterContext2(tempfile.TemporaryDirectory())
+        pem = os.path.join(folder, "pem")
+        Path(pem).write_text(PEM)
+        self.enterContext2(mock.patch.dict(os.environ, SSL_CERT_FILE=pem))
+        self.keys: List[Any] = []
+        perform = ScriptedHandler.perform
+
+        def noted(handler: ScriptedHandler, script: Script) -> None:
+            self.keys.append(handler.headers["Authorization"])
+            perform(handler, script)
+        self.enterContext2(mock.patch.object(ScriptedHandler, "perform", noted))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        self.ollama.socket = context.wrap_socket(self.ollama.socket, server_side=True)
+        self.secure = self.serve(
+            ollama=self.ollama.url.replace("http://127.0.0.1", "https://localhost"), **self.settings)
+
+    def test_answers_of_one_record_and_of_many_are_read_and_the_key_is_sent(self) -> None:
+        self.port = self.secure.server_address[1]
+        long = [content("word " * count) for count in range(1, 4000, 37)]
+        for steps_, count in ((SKY, 0), ([*long, done()], sum(range(1, 4000, 37)))):
+            self.ollama.queue(Script(steps_))
+            reply = self.ask("POST", CHAT, {"messages": [
+                {"role": "user", "content": "x" * 3_000_000}]})
+            self.assertIn("[DONE]", reply.text)
+            self.assertEqual(reply.text.count("word "), count)
+        self.assertEqual(self.keys, ["Bearer secret"] * 2)
+
+    def test_a_client_that_leaves_frees_the_model(self) -> None:
+        self.port = self.secure.server_address[1]
+        script = self.ollama.queue(Script([content("The"), threading.Event()]))
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            stream.until(b"The")
+        self.assertTrue(script.left.wait(PATIENCE))
+
+
+    def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
+        context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(os.environ["SSL_CERT_FILE"])
+        ours, theirs = socket.socketpair()
+
+        def send() -> None:
+            with server.wrap_socket(theirs, server_side=True) as sock:
+                sock.sendall(b"x" * 10_000)      # one record
+                sock.recv(1)
+        sender = threading.Thread(target=send)
+        sender.start()
+        with contextlib.closing(ollama_api.Nobody()) as nobody:
+            with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
+                                     nobody, 99, time.monotonic() + PATIENCE) as upstream:
+                self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
+        sender.join(PATIENCE)
+
+
 class Keys(ServerCase):
     settings = {"api_key": ("first", "sch\u00f6n")}
 
@@ -3738,6 +3826,11 @@ class Keys(ServerCase):
                 ({"authorization": "first"}, 200), ({"authorization": "bearer " + secret}, 200)):
             with self.subTest(headers):
                 self.assertEqual(self.ask("GET", "/v1/models", **headers).status, status)
+
+    def test_the_key_of_an_ollama_is_not_sent_in_the_clear(self) -> None:
+        for scheme, sent in (("https", "Bearer secret"), ("http", None)):
+            request = ollama_api.UpstreamRequest(scheme + "://a", None, "secret", mock.Mock())
+            self.assertEqual(request.get_header("Authorization"), sent)
 
     def test_without_a_key_the_body_is_not_used(self) -> None:
         reply = self.raw(POST + b"Connection: close\r\nContent-Length: 99\r\n\r\n")
@@ -4040,10 +4133,12 @@ class OverTime(ServerCase):
             leaving.join(PATIENCE)
 
     def test_a_body_that_is_still_coming_counts_as_a_request_that_runs(self) -> None:
-        self.port = self.serve(running=1).server_address[1]
+        server = self.serve(running=1)
+        self.port = server.server_address[1]
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
             sock.sendall(POST + b"Content-Length: 999\r\n\r\n{")
-            self.eventually(lambda: self.ask("POST", CHAT, {"messages": 5}).status == 503)
+            self.eventually(lambda: server.running)
+            self.assertEqual(self.ask("POST", CHAT, {"messages": 5}).status, 503)
             self.assertEqual(self.ask("GET", "/health").status, 200)
 
     def test_a_client_that_half_closes_has_left(self) -> None:
@@ -4172,9 +4267,9 @@ HEADS = [
     (head_of("200 OK", "Content-Length: 0"), 502, "without saying that it was done"),
     (head_of("204 No Content"), 502, "answered 204"),
     (head_of("200 OK", "Content-Length: 5", "Transfer-Encoding: nonsense"), 502, "done"),
-    (head_of("200 OK", *["A: b"] * 200), 502, "broke off"),
-    (head_of("200 OK", "A: " + "b" * 70000), 502, "broke off"),
-    (Wire(b"HTTP/1.1 200 OK\r\nContent-"), 502, "done"), (RESET, 502, "broke off"),
+    (head_of("200 OK", *["A: b"] * 200), 502, "is broken"),
+    (head_of("200 OK", "A: " + "b" * 70000), 502, "is broken"),
+    (Wire(b"HTTP/1.1 200 OK\r\nContent-"), 502, "done"), (RESET, 502, "is broken"),
     (Wire(b"SSH-2.0-OpenSSH_9.2\r\n"), 502, "BadStatusLine"), (Wire(b""), 502, "RemoteDisc"),
     (head_of("503 Service Unavailable", body='{"error": "server busy, please try again"}'),
      503, "server busy"),
@@ -4312,6 +4407,11 @@ class Process(ProcessCase):
         words = re.findall(r'"content": "([^"]+)"', text)
         self.assertEqual("".join(words), "This is a demo: no model is running. You said: Hello!")
         self.assertTrue(text.endswith("data: [DONE]\n\n"))
+
+    def test_the_line_to_try_names_a_model_that_is_there_and_asks_for_the_key(self) -> None:
+        _, banner, _ = self.start("--ollama", self.scripted().url, "--api-key", "secret")
+        self.assertRegex(banner[2], r'chat/completions -H "x-api-key: KEY" -d .*"model": "plain:latest"')
+        self.assertNotIn("secret", " ".join(banner))
 
     def test_the_demo_calls_tools_and_keeps_to_schemas(self) -> None:
         _, _, port = self.start("--demo")
@@ -4525,7 +4625,7 @@ class Workers(ProcessCase):
         server = mock.Mock(config=Config(workers=2))
         with mock.patch("os.fork", side_effect=[7, OSError("no more")]), mock.patch("time.sleep"), \
                 mock.patch.object(ollama_api, "log") as log:
-            workers = set()
+            workers: Set[int] = set()
             ollama_api.start_workers(server, workers)
         self.assertEqual(workers, {7})
         self.assertIn("no more", str(log.call_args))
@@ -4667,7 +4767,8 @@ class CommandLine(unittest.TestCase):
             num_ctx=4096, ping=0.5, ollama_key="up"))
         config = self.parse("--port", "8", "--ollama", "https://b", "--alias", "x=y", **environ)
         self.assertEqual((config.port, config.ollama), (8, "https://b:443"))
-        self.assertIn("x=y", config.alias)
+        self.assertEqual(config.alias, ("x=y",))
+        self.assertEqual(self.parse("--alias", "x=y", "--alias", "z=y").alias, ("x=y", "z=y"))
 
     def test_what_is_wrong_is_said_in_a_line_and_names_the_option(self) -> None:
         for argv, name in ((["--port", "x"], "--port"), (["--port", "65536"], "--port"),
@@ -4935,7 +5036,7 @@ class AnthropicSDK(SDKCase):
 
     def test_a_cut_stream_raises(self) -> None:
         self.ollama.queue(Script([content("The"), CUT]))
-        with self.assertRaisesRegex(anthropic.APIError, "broke off"):
+        with self.assertRaisesRegex(anthropic.APIError, "is broken"):
             with self.client().messages.stream(**self.QUESTION) as stream:
                 stream.get_final_message()
 
@@ -5207,7 +5308,7 @@ class OpenAISDK(SDKCase):
 
     def test_a_cut_stream_raises(self) -> None:
         self.ollama.queue(Script([content("The"), CUT]))
-        with self.assertRaisesRegex(openai.APIError, "broke off"):
+        with self.assertRaisesRegex(openai.APIError, "is broken"):
             for _ in self.client().chat.completions.create(**self.QUESTION, stream=True):
                 pass
 
@@ -5307,7 +5408,7 @@ class ResponsesSDK(SDKCase):
         events = list(self.client().create(**self.QUESTION, stream=True))
         self.assertEqual((events[-1].type, events[-1].response.error.code),
                          ("response.failed", "server_error"))
-        self.assertIn("broke off", events[-1].response.error.message)
+        self.assertIn("is broken", events[-1].response.error.message)
 
     def test_async(self) -> None:
         self.ollama.forever = lambda body: Script()
