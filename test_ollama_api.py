@@ -2940,6 +2940,14 @@ class Schemas(unittest.TestCase):
         ollama_api.grammar_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a990": {}}}, "s")
         self.assertLess(time.process_time() - started, 1)
 
+    def test_many_parts_and_references_do_not_cost_the_square_of_their_number(self) -> None:
+        for schema in ({"allOf": [{"required": [f"{n}"]} for n in range(30_000)]},
+                       {"allOf": [{"properties": {f"{n}": {}}} for n in range(30_000)]},
+                       {"x": [0] * 200_000, "allOf": [{"$ref": "#/x/0"}] * 20_000}):
+            started = time.process_time()
+            ollama_api.tool_schema(schema)
+            self.assertLess(time.process_time() - started, 2)
+
     def test_what_is_referred_to_often_does_not_make_much_of_little(self) -> None:
         names = ["".join(f"%{ord(letter):02x}" if n >> bit & 1 else letter
                          for bit, letter in enumerate("abcdefghij")) for n in range(900)]
