@@ -1203,7 +1203,9 @@ class UpstreamSocket:
         self.request += data                          # the head comes first, and alone
 
     def send(self) -> None:
-        send_all(self.upstream.sock, self.request, self.upstream.wait)
+        """Send the request. If Ollama cuts it off, it may have said why: reading will tell."""
+        with contextlib.suppress(ConnectionError):
+            send_all(self.upstream.sock, self.request, self.upstream.wait)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self.upstream, 64 * 1024)

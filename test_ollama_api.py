@@ -4330,6 +4330,24 @@ class FailingOllama(ServerCase):
                 with self.subTest(path=path, head=head[:80], stream=stream):
                     self.refused(reply, status, words)
 
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may discard what came before")
+    def test_an_ollama_that_refuses_a_request_before_its_end_is_heard(self) -> None:
+        def refuse() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1000)
+                sock.sendall(head_of("413 Too Large", body='{"error": "too large for me"}'))
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            self.port = self.serve(
+                ollama=f"http://127.0.0.1:{listener.getsockname()[1]}").server_address[1]
+            refusing = threading.Thread(target=refuse)
+            refusing.start()
+            reply = self.ask("POST", CHAT, {"messages": [{"role": "user", "content": "x" * 16_000_000}]})
+            refusing.join(PATIENCE)
+        self.refused(reply, 413, "too large for me")
+
     def test_an_ollama_that_takes_no_connection_is_a_503_that_says_what_to_do(self) -> None:
         self.ollama.shutdown()
         self.ollama.server_close()
@@ -5669,8 +5687,7 @@ class TheFile(unittest.TestCase):
 
 # ---- The benchmark -------------------------------------------------------------------------------
 # Three processes: this one is the clients, one is a lean Ollama, one is the server. The same question
-# goes to Ollama itself and to two dialects, in alternating rounds; the table has medians, and in the
-# rows of latency what the server adds.
+# goes to Ollama itself and to two dialects, in alternating rounds; the table has medians.
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
 LEAN_LINE = json.dumps(content(" word")).encode() + b"\n"
