@@ -336,7 +336,8 @@ def strict_json(data: bytes, depth: int) -> Any:
 def nested_deeper(data: bytes, depth: int) -> bool:
     """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
 
-    In a time that grows with the length alone, whatever is sent, since no other thread runs."""
+    The time that it takes grows with the length alone, whatever is sent, since no other thread runs
+    meanwhile. What does not pair is left to json.loads to refuse."""
     if data.count(b"[") + data.count(b"{") <= depth:         # a third of the time of a screenshot
         return False
     strings = data.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -1289,6 +1290,7 @@ class Ollama:
             yield event
 
     def timed(self, chunks: Iterator[JSON]) -> Iterator[JSON]:
+        """Note when the first chunk comes, for the log."""
         for chunk in chunks:
             self.first_at = self.first_at or time.monotonic()
             yield chunk
@@ -3854,9 +3856,9 @@ def work(server: Server, parent: Optional[int] = None) -> int:
     end. The exit status."""
     ends = (signal.SIGINT, signal.SIGTERM) if parent is None else (signal.SIGUSR1,)
     try:
+        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
         for number in ends:
             signal.signal(number, signal.default_int_handler)
-        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
         if parent is None:
             put("stdout", banner(server))
         # Not in serve_forever, where the exception would fall upon a new connection; and not in one
@@ -3875,6 +3877,8 @@ def be_worker(server: Server, parent: int) -> NoReturn:
     managers send them to all processes, and the parent passes them on, once."""
     try:
         os._exit(work(server, parent))
+    except Exception:
+        log_traceback()
     finally:
         os._exit(1)                              # never on into what the parent does
 
