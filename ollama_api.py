@@ -3857,8 +3857,7 @@ def work(server: Server, parent: Optional[int] = None) -> int:
     ends = (signal.SIGINT, signal.SIGTERM) if parent is None else (signal.SIGUSR1,)
     try:
         threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-        for number in ends:
-            signal.signal(number, signal.default_int_handler)
+        signal.signal(ends[-1], signal.default_int_handler)      # SIGINT has it, if not ignored
         if parent is None:
             put("stdout", banner(server))
         # Not in serve_forever, where the exception would fall upon a new connection; and not in one
@@ -3866,8 +3865,9 @@ def work(server: Server, parent: Optional[int] = None) -> int:
         while parent is None or os.getppid() == parent:
             time.sleep(0.2)
     except KeyboardInterrupt:
-        for number in ends:
-            signal.signal(number, signal.SIG_DFL)        # a second one ends the process at once
+        for number in ends:                      # a second one ends the process at once
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
     server.drain()
     return 0
 

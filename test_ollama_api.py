@@ -2941,9 +2941,10 @@ class Schemas(unittest.TestCase):
         self.assertLess(time.process_time() - started, 1)
 
     def test_many_parts_and_references_do_not_cost_the_square_of_their_number(self) -> None:
-        for schema in ({"allOf": [{"required": [f"{n}"]} for n in range(30_000)]},
-                       {"allOf": [{"properties": {f"{n}": {}}} for n in range(30_000)]},
-                       {"x": [0] * 200_000, "allOf": [{"$ref": "#/x/0"}] * 20_000}):
+        schemas: List[Any] = [{"allOf": [{"required": [f"{n}"]} for n in range(30_000)]},
+                              {"allOf": [{"properties": {f"{n}": {}}} for n in range(30_000)]},
+                              {"x": [0] * 200_000, "allOf": [{"$ref": "#/x/0"}] * 20_000}]
+        for schema in schemas:
             started = time.process_time()
             ollama_api.tool_schema(schema)
             self.assertLess(time.process_time() - started, 2)
@@ -3256,6 +3257,7 @@ GET = b"GET /health HTTP/1.1\r\n"
 HEALTH = GET + b"Host: localhost\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
+QUESTION = json.dumps({"messages": USER}).encode()
 
 
 def post(body: Any, *fields: bytes) -> bytes:
@@ -3307,7 +3309,8 @@ RAW = [
     ("two codings", CHUNKED + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, False),
     ("coding with a no-break space",
      POST + b"Transfer-Encoding: \xa0chunked\r\n\r\n0\r\n\r\n", 501, False),
-    ("chunks for HTTP/1.0", CHUNKED.replace(b"1.1", b"1.0") + b"\r\n0\r\n\r\n", 400, False),
+    ("chunks for HTTP/1.0", CHUNKED.replace(b"1.1", b"1.0") + b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (
+        len(QUESTION), QUESTION), 400, False),
     ("negative length", POST + b"Content-Length: -1\r\n\r\n{}", 400, False),
     ("length in other digits", POST + b"Content-Length: \xb2\r\n\r\n{}", 400, False),
     ("endless length", POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400, False),
@@ -4559,6 +4562,21 @@ class Process(ProcessCase):
             self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_ctrl_c_that_the_shell_has_ignored_stays_ignored(self) -> None:
+        gate = threading.Event()
+        process, stream = self.streaming(
+            Script([content("The"), gate, content(" sky"), gate, done()]),
+            command=("sh", "-c", 'trap "" INT; exec "$0" "$@"', *COMMAND))
+        with stream:
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            self.assertTrue(refused("127.0.0.1", stream.connection.port))
+            process.send_signal(signal.SIGINT)
+            gate.set()
+            stream.until(b"[DONE]")
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_a_second_signal_ends_at_once(self) -> None:
         process, stream = self.streaming(Script([content("The"), threading.Event()]))
         with stream:
@@ -4583,9 +4601,11 @@ class Workers(ProcessCase):
         self.addCleanup(self.end)
 
     def end(self) -> None:
+        left = {*self.first, *(self.workers() if self.process.poll() is None else ())}
         self.process.terminate()
-        self.process.wait(PATIENCE)
-        self.kill(*self.first)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE)
+        self.kill(*left)
 
     def kill(self, *processes: int, number: int = 9) -> None:
         for pid in processes:
