@@ -3195,18 +3195,20 @@ class CountTokens(ServerCase):
                 "messages": [{"role": "user", "content": "Why is the sky blue? " * words}]}
 
     def test_each_part_of_a_prompt_counts_and_ollama_is_not_asked(self) -> None:
-        bodies: List[Any] = [{"messages": [{"role": "user", "content": "Hi"}]}]
-        for more in ({"system": "You are kind."}, {"tools": [{"name": "a"}]},
-                     {"messages": USER + [{"role": "assistant", "content": [
-                         {"type": "thinking", "thinking": "Hm, well, let us see."}]}]},
-                     {"messages": [{"role": "user", "content": [{"type": "image", "source": {
-                         "type": "base64", "media_type": "image/png", "data": "AAAA"}}]}]}):
-            bodies.append({**bodies[-1], **more})
-        counts = [self.ask("POST", self.COUNT, body).json for body in bodies]
-        self.assertEqual(counts[0], {"input_tokens": 1})
-        found = [count["input_tokens"] for count in counts]
-        self.assertEqual(found, sorted(set(found)))
-        self.assertGreater(found[-1], 768)
+        def count(*blocks: Any, **more: Any) -> int:
+            answer = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, *blocks]}]
+            body = {"messages": [{"role": "user", "content": "Hi"}] + answer * bool(blocks), **more}
+            return int(self.ask("POST", self.COUNT, body).json["input_tokens"])
+        self.assertEqual(count(), 1)
+        self.assertGreater(count(system="You are kind."), count())
+        self.assertGreater(count(tools=[{"name": "a"}]), count())
+        text = {"type": "text", "text": ""}
+        self.assertGreater(count(text), count())
+        for block in ({"type": "thinking", "thinking": "Hm, well, let us see."},
+                      {"type": "tool_use", "id": "a", "name": "b", "input": {}}):
+            self.assertGreater(count(block), count(text), block)
+        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        self.assertGreater(count(messages=[{"role": "user", "content": [image]}]), 768)
         self.assertEqual(self.ollama.asked, [])
 
     def test_a_real_count_corrects_the_next_estimate(self) -> None:
