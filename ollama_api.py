@@ -2134,7 +2134,7 @@ def openai_error(error: APIError, _request_id: str) -> JSON:
 CHAT_OPTIONS = {
     **OLLAMA_OPTIONS,
     "max_tokens": Option("num_predict", int, at_least=1),
-    "max_completion_tokens": Option("num_predict", int, at_least=1),     # newer: it counts
+    "max_completion_tokens": Option("num_predict", int, at_least=1),     # overrides the older
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float),
     "seed": Option("seed", int),
@@ -3037,6 +3037,7 @@ def wording_for(request: Request) -> Wording:
 # A reply's head leaves with its first bytes, so that whatever fails before them is a real status.
 
 def wait_for(sock: socket.socket, seconds: float, event: int) -> None:
+    """Wait until a socket can be read or written; socket.timeout if that takes too long."""
     with Selector() as selector:
         selector.register(sock, event)
         if not selector.select(max(seconds, 0)):

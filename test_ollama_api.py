@@ -233,7 +233,16 @@ LOG: List[str] = []                 # what the server logs during a test
 REAL_LOG = ollama_api.log
 
 
-class ServerCase(unittest.TestCase):
+class PatientCase(unittest.TestCase):
+
+    def eventually(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.assertTrue(condition())
+
+
+class ServerCase(PatientCase):
     """A server and a scripted Ollama of its own for each test. self.config() may be overridden."""
     maxDiff = None
     settings: Dict[str, Any] = {}
@@ -254,12 +263,6 @@ class ServerCase(unittest.TestCase):
         result = manager.__enter__()
         self.addCleanup(manager.__exit__, None, None, None)
         return result
-
-    def eventually(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        self.assertTrue(condition())
 
     def serve(self, **settings: Any) -> ollama_api.Server:
         server = ollama_api.Server(Config(**{"port": 0, "ollama": self.ollama.url, **settings}))
@@ -3808,7 +3811,6 @@ class OllamaBehindTLS(ServerCase):
             stream.until(b"The")
         self.assertTrue(script.left.wait(PATIENCE))
 
-
     def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
         context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4399,7 +4401,7 @@ def command_with(**limits: float) -> Tuple[str, ...]:
     return (sys.executable, "-c", WITH_LIMITS, str(HERE), json.dumps(limits))
 
 
-class ProcessCase(unittest.TestCase):
+class ProcessCase(PatientCase):
     """The file as a user starts it, from a folder that holds nothing else."""
 
     def start(self, *options: str, command: Sequence[str] = COMMAND, stderr: Any = subprocess.PIPE,
@@ -4633,14 +4635,14 @@ class Workers(ProcessCase):
     def test_a_worker_that_dies_is_replaced_and_the_others_serve_meanwhile(self) -> None:
         self.assertEqual(len(self.first), 2)
         for victim in self.first:
-            os.kill(victim, signal.SIGKILL)
-            for _ in range(20):
-                self.assertIn(b"[DONE]", self.whole_reply())
-            deadline = time.monotonic() + PATIENCE
-            while (victim in self.workers() or len(self.workers()) < 2) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            self.assertEqual(len(set(self.workers()) - {victim}), 2)
+            self.replaced(victim)
         self.assertEqual(set(self.workers()) & set(self.first), set())
+
+    def replaced(self, victim: int) -> None:
+        os.kill(victim, signal.SIGKILL)
+        for _ in range(20):
+            self.assertIn(b"[DONE]", self.whole_reply())
+        self.eventually(lambda: len(set(self.workers()) - {victim}) == 2)
 
     def whole_reply(self) -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
@@ -4662,10 +4664,7 @@ class Workers(ProcessCase):
     def test_a_worker_that_is_stopped_does_not_keep_the_others_from_ending(self) -> None:
         self.kill(self.first[0], number=signal.SIGSTOP)
         self.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
-        while len(self.workers()) > 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.assertEqual(self.workers(), self.first[:1])
+        self.eventually(lambda: self.workers() == self.first[:1])
         self.process.send_signal(signal.SIGTERM)
         self.assertEqual(self.process.wait(2), 0)
 
@@ -4745,10 +4744,7 @@ class Soak(ProcessCase):
                 list(pool.map(self.visit, range(500)))          # what is imported and cached once
                 at_rest = self.memory(process.pid)
                 list(pool.map(self.visit, range(2000)))
-            deadline = time.monotonic() + PATIENCE
-            while self.level(process.pid) != before and time.monotonic() < deadline:
-                time.sleep(0.01)
-            self.assertEqual(self.level(process.pid), before, "threads and open files")
+            self.eventually(lambda: self.level(process.pid) == before)     # threads, open files
             self.assertLess(self.memory(process.pid) - at_rest, 4000, "kilobytes")
             log.seek(0)
             self.assertNotIn("Traceback", log.read())
@@ -6019,8 +6015,9 @@ def bench(seconds: float) -> int:
         took, memory = start_up(address)
         command = (*command_with(running=2000), "--ollama", address)
         process, chat, _ = first_answer(command)
-        started, targets = [ollama, process], [Target("direct", lean, "/api/chat"), chat,
-                                               dataclasses.replace(chat, name="messages", path=MESSAGES)]
+        started = [ollama, process]
+        targets = [Target("direct", lean, "/api/chat"), chat,
+                   dataclasses.replace(chat, name="messages", path=MESSAGES)]
         if hasattr(os, "fork"):
             process, chat, _ = first_answer((*command, "--workers", "2"))
             started.append(process)
