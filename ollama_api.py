@@ -29,8 +29,6 @@ Contents of this file, from top to bottom
     The neutral middle             what dialects share: Ollama's request, the events of a reply
     Reading requests               fields and their kinds, options, earlier tool calls
     Shaping answers                stop texts, forced and lost tool calls, prefills, frames
-    Schemas and tools              what Ollama can bear of a client's JSON schemas
-    Ollama                         the upstream, and how to wait for it
     Anthropic Messages             a dialect
     OpenAI's words                 what the next three have in common
     OpenAI Chat Completions        a dialect
@@ -38,6 +36,8 @@ Contents of this file, from top to bottom
     OpenAI Responses               a dialect
     Models and health              what is installed, and whether it answers
     Routes                         the product on one screen
+    Schemas and tools              what Ollama can bear of a client's JSON schemas
+    Ollama                         the upstream, and how to wait for it
     HTTP server                    bytes in, bytes out
     Demo                           a stand-in for Ollama
     Command line                   options, banner, start and end
@@ -191,6 +191,22 @@ class OllamaChat(TypedDict, total=False):
     options: JSON
 
 
+@dataclass
+class Chat:
+    """What a dialect makes of a request: Ollama's part, and the part that is kept on this side."""
+    body: OllamaChat
+    stream: Optional[bool] = False     # None: the client did not say
+    stop: Sequence[str] = ()           # matched by until_stop, never sent to Ollama
+    decode: Optional[Callable[[JSON], Event]] = None    # reads an answer that is a call in JSON
+    one_call: bool = False             # drop all tool calls but the first
+    function_call: bool = False        # tell of it in OpenAI's older form
+    include_usage: bool = False
+    kinds: Dict[str, JSON] = dataclasses.field(default_factory=dict)   # how calls of a tool begin
+    echo: JSON = dataclasses.field(default_factory=dict)    # what an answer repeats of the request
+    prompt_tokens: int = 0             # an estimate, until Ollama tells
+    ignored: List[str] = dataclasses.field(default_factory=list)    # fields without effect
+
+
 @dataclass(frozen=True)
 class Thinking:
     text: str
@@ -225,22 +241,6 @@ class Finish:
 
 
 Event = Union[Thinking, Text, ToolCall, Finish]
-
-
-@dataclass
-class Chat:
-    """What a dialect makes of a request: Ollama's part, and the part that is kept on this side."""
-    body: OllamaChat
-    stream: Optional[bool] = False     # None: the client did not say
-    stop: Sequence[str] = ()           # matched by until_stop, never sent to Ollama
-    decode: Optional[Callable[[JSON], Event]] = None    # reads an answer that is a call in JSON
-    one_call: bool = False             # drop all tool calls but the first
-    function_call: bool = False        # tell of it in OpenAI's older form
-    include_usage: bool = False
-    kinds: Dict[str, JSON] = dataclasses.field(default_factory=dict)   # how calls of a tool begin
-    echo: JSON = dataclasses.field(default_factory=dict)    # what an answer repeats of the request
-    prompt_tokens: int = 0             # an estimate, until Ollama tells
-    ignored: List[str] = dataclasses.field(default_factory=list)    # fields without effect
 
 
 @dataclass
@@ -291,59 +291,10 @@ class ClientLeft(Exception):
     """The client closed its connection: nothing that could still be done is of use to anybody."""
 
 
-dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
-plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of a model
-
 # ---- Reading requests ----------------------------------------------------------------------------
 # What dialects read a body with. All that is wrong in it is a 400 that names the path of the field,
 # as in messages.2.content.0.text; null counts as absent. What is accepted without effect is
 # collected in Chat.ignored, and reported in the header x-ignored-fields.
-
-REPORTED_FIELDS = 64
-INTEGER_DIGITS = 4300              # as newer CPythons have it
-STRINGS = re.compile(rb'"[^"]*"?')
-NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")     # as signed bytes, 1 and -1
-
-
-def refuse(what: str) -> NoReturn:
-    raise ValueError(f"{what} is not JSON")
-
-
-def finite(digits: str) -> float:
-    return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
-
-
-def bounded(digits: str) -> int:
-    return int(digits) if len(digits) <= INTEGER_DIGITS else refuse(digits[:20] + "...")
-
-
-READER = json.JSONDecoder(parse_constant=refuse, parse_float=finite, parse_int=bounded)
-
-
-def strict_json(data: bytes, depth: int) -> Any:
-    """JSON (RFC 8259): strict UTF-8, of bounded depth, without what json.loads takes but Ollama
-    does not: NaN, Infinity, floats out of range, lone surrogates. ValueError says why not. Of equal
-    keys the last counts. Long integers take a time that grows with the square of their length."""
-    if nested_deeper(data, depth):
-        raise ValueError(f"it is nested deeper than {depth} levels")
-    value = READER.decode(data.decode())
-    if b"\\u" in data:
-        json.dumps(value, ensure_ascii=False).encode()         # fails on a lone surrogate
-    return value
-
-
-def nested_deeper(data: bytes, depth: int) -> bool:
-    """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
-
-    The time that it takes grows with the length alone, whatever is sent, since no other thread runs
-    meanwhile. What does not pair is left to json.loads to refuse."""
-    if data.count(b"[") + data.count(b"{") <= depth:         # a third of the time of a screenshot
-        return False
-    strings = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    steps = STRINGS.sub(b"", strings).translate(STEPS, NO_BRACKETS)
-    return bool(steps) and max(itertools.accumulate(memoryview(steps).cast("b"))) > depth
-
 
 KINDS: Dict[type, Tuple[str, Tuple[type, ...]]] = {
     str: ("a string", (str,)), bool: ("true or false", (bool,)), int: ("an integer", (int,)),
@@ -402,6 +353,21 @@ def blocks_of(owner: JSON, path: str) -> Iterator[Tuple[str, JSON]]:
     return items(content or [], path, dict)
 
 
+REPORTED_FIELDS = 64
+
+
+def unread(body: JSON, fields: Iterable[str], path: str = "") -> Iterator[str]:
+    """What was given, but is not among the `fields` that are read, for x-ignored-fields.
+
+    A dotted name says which part of an object is read; the others are unread then."""
+    for name, value in body.items():
+        place = path + name
+        if isinstance(value, dict) and any(field.startswith(place + ".") for field in fields):
+            yield from unread(value, fields, place + ".")
+        elif value is not None and place not in fields:
+            yield place
+
+
 class Option(NamedTuple):
     """How a field of a request becomes one of Ollama's options."""
     name: str
@@ -447,18 +413,6 @@ def ollama_keep_alive(body: JSON) -> Union[None, str, float]:
     if isinstance(value, str):
         return value
     return optional(body, "keep_alive", float)
-
-
-def unread(body: JSON, fields: Iterable[str], path: str = "") -> Iterator[str]:
-    """What was given, but is not among the `fields` that are read, for x-ignored-fields.
-
-    A dotted name says which part of an object is read; the others are unread then."""
-    for name, value in body.items():
-        place = path + name
-        if isinstance(value, dict) and any(field.startswith(place + ".") for field in fields):
-            yield from unread(value, fields, place + ".")
-        elif value is not None and place not in fields:
-            yield place
 
 
 def stop_texts(values: List[Any], path: str) -> List[str]:
@@ -533,9 +487,84 @@ def base64_checked(data: str, path: str) -> str:
     return data
 
 
+def list_of(value: Any) -> List[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+INTEGER_DIGITS = 4300              # as newer CPythons have it
+
+
+def refuse(what: str) -> NoReturn:
+    raise ValueError(f"{what} is not JSON")
+
+
+def finite(digits: str) -> float:
+    return float(digits) if abs(float(digits)) != float("inf") else refuse(digits)
+
+
+def bounded(digits: str) -> int:
+    return int(digits) if len(digits) <= INTEGER_DIGITS else refuse(digits[:20] + "...")
+
+
+READER = json.JSONDecoder(parse_constant=refuse, parse_float=finite, parse_int=bounded)
+
+
+def strict_json(data: bytes, depth: int) -> Any:
+    """JSON (RFC 8259): strict UTF-8, of bounded depth, without what json.loads takes but Ollama
+    does not: NaN, Infinity, floats out of range, lone surrogates. ValueError says why not. Of equal
+    keys the last counts. Long integers take a time that grows with the square of their length."""
+    if nested_deeper(data, depth):
+        raise ValueError(f"it is nested deeper than {depth} levels")
+    value = READER.decode(data.decode())
+    if b"\\u" in data:
+        json.dumps(value, ensure_ascii=False).encode()         # fails on a lone surrogate
+    return value
+
+
+STRINGS = re.compile(rb'"[^"]*"?')
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")     # as signed bytes, 1 and -1
+
+
+def nested_deeper(data: bytes, depth: int) -> bool:
+    """Whether brackets are nested deeper than that, where json.loads might overflow the stack.
+
+    The time that it takes grows with the length alone, whatever is sent, since no other thread runs
+    meanwhile. What does not pair is left to json.loads to refuse."""
+    if data.count(b"[") + data.count(b"{") <= depth:         # a third of the time of a screenshot
+        return False
+    strings = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    steps = STRINGS.sub(b"", strings).translate(STEPS, NO_BRACKETS)
+    return bool(steps) and max(itertools.accumulate(memoryview(steps).cast("b"))) > depth
+
+
 # ---- Shaping answers -----------------------------------------------------------------------------
 # Filters over the events of an answer, each for one thing that Ollama does not do by itself, and
 # what dialects make frames with. Ollama puts the filters in a row for each request, in read_as.
+
+dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
+plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of a model
+
+
+def new_id(prefix: str) -> str:
+    return prefix + os.urandom(12).hex()
+
+
+def sse(data: JSON) -> bytes:
+    """One server-sent event (WHATWG HTML, section 9.2), named after its type where it has one.
+
+    Chunks of chat completions have none, and must not: an `event:` line stops the openai SDK."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return (f"{name}data: {dumps(data)}\n\n").encode()
+
+
+def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same function of a text, with all but the text in JSON already: for each token it costs
+    a sixth."""
+    hole = new_id("hole_")                       # nobody can have it in a name
+    parts = frame(hole).split(dumps(hole).encode())
+    return lambda text: dumps(text).encode().join(parts)
+
 
 def begun(events: Iterator[Event]) -> Iterator[Event]:
     """The same events, the first of which is there already.
@@ -561,134 +590,1378 @@ def runs_of(events: Iterable[Any]) -> Iterator[Tuple[type, Iterator[Any]]]:
             yield kind, run
 
 
-def none_lost(events: Iterator[Event]) -> Iterator[Event]:
-    """Refuse an answer that says nothing, but for thoughts and blanks, although the model wrote
-    something: up to 0.32 Ollama swallows tool calls that it cannot parse, or did not offer."""
-    said = False
-    for event in events:
-        said = said or isinstance(event, ToolCall) or (
-            isinstance(event, Text) and bool(event.text.strip()))
-        if isinstance(event, Finish) and not said and event.reason == "stop" \
-                and event.completion_tokens > 1:
-            raise APIError(502, "The model ended without an answer. If it wrote a tool call, "
-                                "Ollama could not read it, and it is lost.")
-        yield event
+# ---- Anthropic Messages --------------------------------------------------------------------------
+# POST /v1/messages as the Messages API of 2023-06-01 and 2026-10-21 describes it, for the anthropic
+# SDKs of both generations and Claude Code. Thinking is off unless asked for: programs read
+# content[0].text. Signatures are neither made nor checked. Content blocks are the runs of equal
+# events, so their indexes count up and never two are open. Claude Code's billing header in `system`
+# is dropped: it changes with each request, and Ollama's KV cache would be lost with it.
+
+MESSAGES_PINGS = itertools.repeat(sse({"type": "ping"}))
 
 
-def decoded(events: Iterator[Event], decode: Callable[[JSON], Event],
-            beginning: str) -> Iterator[Event]:
-    """Turn an answer that is bound to be JSON into what it stands for, a tool call. Of one that was
-    cut short nothing is left but the Finish that says so. `beginning` is as for unrepeated."""
-    texts = []
-    for event in events:
-        if isinstance(event, Text):
-            texts.append(event.text)
+def messages(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/messages"""
+    return ollama.answer(messages_request(request.body), messages_reply, messages_stream,
+                         MESSAGES_PINGS)
+
+
+def count_tokens(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/messages/count_tokens: an estimate, without a word to Ollama. Claude Code's /context
+    asks for two dozen at once."""
+    chat = messages_request(request.body)
+    return Answer({"input_tokens": ollama.rates.tokens(chat.body)}, ignored=chat.ignored)
+
+
+MESSAGES_OPTIONS = {
+    "max_tokens": Option("num_predict", int, at_least=1),
+    "temperature": Option("temperature", float),
+    "top_p": Option("top_p", float),
+    "top_k": Option("top_k", int)}
+MESSAGES_FIELDS = {
+    "model", "messages", "system", "stream", "stop_sequences", "thinking.type", "tools",
+    "tool_choice.type", "tool_choice.name", "tool_choice.disable_parallel_tool_use",
+    "output_config.effort", "output_config.format.type", "output_config.format.schema",
+    "output_format.type", "output_format.schema", *MESSAGES_OPTIONS}
+
+
+def messages_request(body: JSON) -> Chat:
+    """A Messages request as a chat for Ollama; unlike Anthropic's it needs no max_tokens."""
+    if body.get("thread") is not None:       # anthropic-python 2's tool runner then sends it whole
+        raise APIError(400, "thread: threads are not kept here, send all messages", param="thread",
+                       details={"error_code": "thread_unsupported_request",
+                                "unsupported": ["thread"]})
+    history = History()
+    history.ignored += unread(body, MESSAGES_FIELDS)
+    turns = [message for path, turn in items(required(body, "messages", list), "messages", dict)
+             for message in messages_turn(turn, path, history)]
+    if not turns:
+        raise invalid("messages", "must not be empty")
+    chat = Chat({"model": required(body, "model", str),
+                 "messages": system_first(messages_system(body) + turns),
+                 "think": messages_think(body, history),
+                 "options": options_of(body, MESSAGES_OPTIONS)},
+                stream=bool(optional(body, "stream", bool)),
+                stop=stop_texts(optional(body, "stop_sequences", list) or [], "stop_sequences"),
+                ignored=history.ignored)
+    messages_choice(body, chat, messages_tools(body, history))
+    return chat
+
+
+def messages_system(body: JSON) -> List[OllamaMessage]:
+    texts = [required(block, path + ".text", str) for path, block in blocks_of(body, "system")]
+    texts = [text for text in texts
+             if text and not text.startswith("x-anthropic-billing-header")]
+    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+
+
+def messages_turn(turn: JSON, path: str, history: History) -> List[OllamaMessage]:
+    """One of `messages`; what it has of tool results goes before the rest of it."""
+    role = one_of(turn, path + ".role", ("user", "assistant", "system"))
+    if turn.get("content") is None:
+        raise invalid(path + ".content", "is required")
+    parts = messages_parts(turn, path + ".content", role, history)
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
+    if any(parts["thinking"]):
+        message["thinking"] = "\n\n".join(parts["thinking"])
+    if parts["images"]:
+        message["images"] = parts["images"]
+    if parts["tool_calls"]:
+        message["tool_calls"] = parts["tool_calls"]
+    results: List[OllamaMessage] = parts["results"]
+    nothing_else = message == {"role": role, "content": ""}
+    return results if results and nothing_else else [*results, message]
+
+
+def messages_parts(owner: JSON, path: str, role: str, history: History) -> Dict[str, List[Any]]:
+    """The parts of the content blocks at `path`. A block that nobody here knows is dropped."""
+    parts: Dict[str, List[Any]] = {
+        key: [] for key in ("content", "thinking", "images", "tool_calls", "results")}
+    for place, block in blocks_of(owner, path):
+        kind = required(block, place + ".type", str)
+        roles, read = MESSAGES_BLOCKS.get(kind, ((role,), dropped_block))
+        if role not in roles:
+            raise invalid(place + ".type", f"{kind} cannot be in content of role {role}")
+        for key, part in read(block, place, history):
+            parts[key].append(part)
+    return parts
+
+
+def text_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    yield "content", required(block, path + ".text", str)
+
+
+def thinking_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    yield "thinking", required(block, path + ".thinking", str)
+
+
+def dropped_block(_block: JSON, path: str, history: History) -> Iterator[Part]:
+    history.ignored.append(path)
+    return iter(())
+
+
+def image_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    _, source = source_of(block, path, ("base64",))
+    path += ".source.data"
+    yield "images", base64_checked(required(source, path, str), path)
+
+
+def document_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    """A document, inlined. Of a PDF, which needs a reader, only a note: to refuse it would end a
+    session of Claude Code that has read one."""
+    kind, source = source_of(block, path, ("text", "content", "base64"))
+    title = optional(block, path + ".title", str) or ""
+    texts = [optional(block, path + ".context", str) or ""]
+    if kind == "text":
+        texts.append(required(source, path + ".source.data", str))
+    elif kind == "content":
+        parts = messages_parts(source, path + ".source.content", "tool", history)
+        texts += parts["content"]
+        yield from (("images", image) for image in parts["images"])
+    else:
+        history.ignored.append(path)
+        texts.append(f"({source.get('media_type')}: cannot be read here)")
+    text = "\n\n".join(filter(None, texts))
+    yield "content", f"<document title={plain_json(title)}>\n{text}\n</document>"
+
+
+def source_of(block: JSON, path: str, kinds: Sequence[str]) -> Tuple[str, JSON]:
+    """The source of an image or a document, and its kind."""
+    source = required(block, path + ".source", dict)
+    kind = required(source, path + ".source.type", str)
+    if kind not in kinds:
+        raise invalid(path + ".source.type", f"must be {' or '.join(kinds)}, not {dumps(kind)}: "
+                                             "this server fetches nothing")
+    return kind, source
+
+
+def search_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    title, source = (required(block, f"{path}.{name}", str) for name in ("title", "source"))
+    parts = messages_parts(block, path + ".content", "tool", history)
+    yield "content", "\n\n".join([f"{title} ({source})", *parts["content"]])
+    yield from (("images", image) for image in parts["images"])
+
+
+def tool_use_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    id, name = (required(block, f"{path}.{key}", str) for key in ("id", "name"))
+    yield "tool_calls", history.call(id, name, required(block, path + ".input", dict))
+
+
+def tool_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    place = path + ".tool_use_id"
+    message = history.result(required(block, place, str), place)
+    parts = messages_parts(block, path + ".content", "tool", history)
+    text = "\n\n".join(filter(None, parts["content"])) or NO_TEXT
+    failed = optional(block, path + ".is_error", bool)
+    message["content"] = "The tool failed: " + text if failed else text
+    if parts["images"]:
+        message["images"] = parts["images"]
+    yield "results", message
+
+
+def tool_reference_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
+    yield "content", "Tool loaded: " + required(block, path + ".tool_name", str)
+
+
+def mid_conv_system_block(block: JSON, path: str, history: History) -> Iterator[Part]:
+    parts = messages_parts(block, path + ".content", "system", history)
+    return (("content", text) for text in parts["content"])
+
+
+# The roles in whose content a block may stand (tool: in a tool result or a document); its reader.
+MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[JSON, str, History], Iterator[Part]]]] = {
+    "text": (("user", "assistant", "system", "tool"), text_block),
+    "image": (("user", "tool"), image_block),
+    "document": (("user", "tool"), document_block),
+    "search_result": (("user", "tool"), search_result_block),
+    "mid_conv_system": (("user",), mid_conv_system_block),
+    "thinking": (("assistant",), thinking_block),
+    "redacted_thinking": (("assistant",), dropped_block),
+    "tool_use": (("assistant",), tool_use_block),
+    "tool_result": (("user",), tool_result_block),
+    "tool_reference": (("tool",), tool_reference_block)}
+
+
+def messages_tools(body: JSON, history: History) -> List[Tool]:
+    """The tools to offer: without Anthropic's own, which have a type, and deferred ones."""
+    tools = []
+    for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
+        kind = optional(tool, path + ".type", str) or "custom"
+        if kind != "custom" or optional(tool, path + ".defer_loading", bool):
+            history.ignored.append(path)
             continue
-        if isinstance(event, Finish) and event.reason == "stop":
-            found = decode(bound_object("".join(texts), beginning))
-            yield found
-            if isinstance(found, ToolCall):
-                event = dataclasses.replace(event, reason="tool_calls")
-        yield event
+        name = required(tool, path + ".name", str)
+        if not name:
+            raise invalid(path + ".name", "must not be empty")
+        tools.append(Tool(name, optional(tool, path + ".description", str) or "",
+                          optional(tool, path + ".input_schema", dict) or {},
+                          path + ".input_schema"))
+    return tools
 
 
-def bound_object(text: str, beginning: str) -> JSON:
-    """The object that an answer is, with or without the beginning that the model was given."""
-    error = "no JSON"
-    for candidate in (text, text[len(beginning):] if text.startswith(beginning) else text):
+def messages_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
+    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
+    choice = optional(body, "tool_choice", dict) or {"type": "auto"}
+    kind = one_of(choice, "tool_choice.type", ("auto", "any", "tool", "none"))
+    chat.one_call = bool(optional(choice, "tool_choice.disable_parallel_tool_use", bool))
+    if kind == "tool":
+        name = one_of(choice, "tool_choice.name", [tool.name for tool in tools])
+        tools = [tool for tool in tools if tool.name == name][:1]
+    if kind == "any" and not tools:
+        raise invalid("tool_choice.type", "is any, but no tool is offered")
+    schema, path = messages_format(body)
+    if kind in ("any", "tool"):
+        chat.ignored += ["thinking"] if chat.body["think"] else []
+        chat.ignored += [path] if schema is not None else []
+        force_call(chat, tools)
+    else:
+        offer_tools(chat, [] if kind == "none" else tools, schema, path)
+
+
+def messages_format(body: JSON) -> Tuple[Optional[JSON], str]:
+    """The schema that the answer shall have, and its path; output_format is the older name."""
+    config = optional(body, "output_config", dict) or {}
+    for owner, path in ((config, "output_config.format"), (body, "output_format")):
+        wanted = optional(owner, path, dict)
+        if wanted is not None:
+            one_of(wanted, path + ".type", ("json_schema",))
+            return required(wanted, path + ".schema", dict), path + ".schema"
+    return None, ""
+
+
+EFFORT_LEVELS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
+
+
+def messages_think(body: JSON, history: History) -> Union[bool, str]:
+    """Ollama's `think`: off when absent, else on or at the level of output_config.effort."""
+    thinking = optional(body, "thinking", dict) or {"type": "disabled"}
+    kind = one_of(thinking, "thinking.type", ("enabled", "adaptive", "between_tools", "disabled"))
+    config = optional(body, "output_config", dict) or {}
+    effort = config.get("effort")
+    if effort is not None:
+        effort = one_of(config, "output_config.effort", EFFORT_LEVELS)
+    if kind == "disabled":
+        history.ignored += ["output_config.effort"] if effort else []
+        return False
+    return EFFORT_LEVELS[effort] if effort else True
+
+
+def messages_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    """The Message object for a client that does not stream."""
+    parts, finish = collected(events)
+    content = [messages_block(kind, list(run)) for kind, run in runs_of(parts)]
+    return messages_object(chat, content, finish)
+
+
+def messages_object(chat: Chat, content: List[JSON], finish: Finish) -> JSON:
+    return {"id": new_id("msg_"), "type": "message", "role": "assistant",
+            "model": chat.body["model"], "content": content, **messages_stop(finish),
+            "usage": messages_usage(finish)}
+
+
+STOP_REASONS = {"length": "max_tokens", "stop_sequence": "stop_sequence", "tool_calls": "tool_use"}
+
+
+def messages_stop(finish: Finish) -> JSON:
+    return {"stop_reason": STOP_REASONS.get(finish.reason, "end_turn"),
+            "stop_sequence": finish.stop_sequence}
+
+
+def messages_usage(finish: Finish) -> JSON:
+    cached = finish.cached_tokens or 0
+    return {"input_tokens": finish.prompt_tokens - cached,
+            "output_tokens": finish.completion_tokens,
+            "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached}
+
+
+def messages_block(kind: type, parts: List[Any]) -> JSON:
+    """A content block of what it has so far."""
+    if kind is ToolCall:
+        return {"type": "tool_use", "id": new_id("toolu_"), "name": parts[0].name,
+                "input": parts[0].arguments}
+    text = "".join(part.text for part in parts)
+    if kind is Thinking:
+        return {"type": "thinking", "thinking": text, "signature": ""}
+    return {"type": "text", "text": text}
+
+
+def messages_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
+    """The frames for a client that streams: message_start, the blocks, message_delta, message_stop.
+
+    Ollama counts the prompt in its last line only, so message_start has an estimate, and
+    message_delta the count, which the SDKs let replace it."""
+    events = begun(events)
+    start = Finish("", chat.prompt_tokens, 0)
+    yield sse({"type": "message_start",
+               "message": {**messages_object(chat, [], start), "stop_reason": None}})
+    for index, (kind, run) in enumerate(runs_of(events)):
+        if kind is Finish:
+            finish = next(run)
+            yield sse({"type": "message_delta", "delta": messages_stop(finish),
+                       "usage": messages_usage(finish)})
+            yield sse({"type": "message_stop"})
+        else:
+            yield from messages_block_frames(index, kind, run)
+
+
+def messages_block_frames(index: int, kind: type, run: Iterator[Any]) -> Iterator[bytes]:
+    def delta(**fields: str) -> bytes:
+        return sse({"type": "content_block_delta", "index": index, "delta": fields})
+
+    def start(block: JSON) -> bytes:
+        return sse({"type": "content_block_start", "index": index, "content_block": block})
+
+    if kind is ToolCall:
+        block = messages_block(kind, list(run))
+        yield start({**block, "input": {}})
+        yield delta(type="input_json_delta", partial_json=dumps(block["input"]))
+    else:
+        yield start(messages_block(kind, []))
+        of_text = prepared(lambda text: delta(type="thinking_delta", thinking=text)
+                           if kind is Thinking else delta(type="text_delta", text=text))
+        yield from (of_text(part.text) for part in run)
+    if kind is Thinking:
+        yield delta(type="signature_delta", signature="")
+    yield sse({"type": "content_block_stop", "index": index})
+
+
+MESSAGES_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error"}
+
+
+def messages_error(error: APIError, request_id: str) -> JSON:
+    """An error object; the same JSON, as an event, ends a stream that fails."""
+    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = "overloaded_error" if error.retry_after else MESSAGES_ERRORS.get(error.status, otherwise)
+    details = {"details": error.details} if error.details else {}
+    return {"type": "error", "error": {"type": kind, "message": error.message, **details},
+            "request_id": request_id}
+
+
+# ---- OpenAI's words ------------------------------------------------------------------------------
+# What the dialects of OpenAI have in common: roles, parts of content, tools, reasoning, errors.
+# Reasoning and Ollama's own settings are taken under every name that is in use for them.
+
+OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+                "tool": "tool", "function": "tool"}
+OpenAIParts = Dict[str, Tuple[Sequence[str], Callable[[JSON, str], Part]]]
+
+
+def openai_content(owner: JSON, path: str, role: str, kinds: OpenAIParts) -> OllamaMessage:
+    """A message of a content that is a string or a list of parts. `kinds` has, for each kind of
+    part, the roles in whose content it may stand, and its reader."""
+    fitting_kinds = [kind for kind, (roles, _) in kinds.items() if role in roles]
+    parts: Dict[str, List[str]] = {"content": [], "images": []}
+    for place, part in blocks_of(owner, path):
+        key, text = kinds[one_of(part, place + ".type", fitting_kinds)][1](part, place)
+        parts[key].append(text)
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
+    if parts["images"]:
+        message["images"] = parts["images"]
+    return message
+
+
+def text_part(part: JSON, path: str) -> Part:
+    return "content", required(part, path + ".text", str)
+
+
+def refusal_part(part: JSON, path: str) -> Part:
+    return "content", required(part, path + ".refusal", str)
+
+
+def image_part(part: JSON, path: str) -> Part:
+    """An image_url: an object with a data URL, or as some clients have it, the URL alone."""
+    place = path + ".image_url"
+    if not isinstance(part.get("image_url"), str):
+        part, place = required(part, place, dict), place + ".url"
+    return "images", data_url(required(part, place, str), place)
+
+
+def openai_earlier_call(function: JSON, path: str, history: History, id: str = "") -> JSON:
+    """An earlier call. The older function_call has no id, so its name stands in for it."""
+    name = required(function, path + ".name", str)
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
         try:
-            value = strict_json(candidate.encode("utf-8", "surrogatepass"), Config.json_depth)
-        except ValueError as found:
-            error = str(found)
-            continue
-        if isinstance(value, dict):
-            return value
-    raise broken(f"not a JSON object: {text[:80]!r}, {error}")
+            arguments = strict_json(arguments.encode(), Config.json_depth)
+        except ValueError as error:
+            raise invalid(path + ".arguments", f"is not JSON: {error}") from error
+    return history.call(id or name, name, checked(arguments, path + ".arguments", dict))
 
 
-def first_call(events: Iterator[Event]) -> Iterator[Event]:
-    """Drop all tool calls but the first."""
-    calls = itertools.count()
-    return (event for event in events if not isinstance(event, ToolCall) or next(calls) == 0)
+def openai_tool(function: JSON, path: str) -> Tool:
+    name = required(function, path + ".name", str)
+    if not name:
+        raise invalid(path + ".name", "must not be empty")
+    return Tool(name, optional(function, path + ".description", str) or "",
+                optional(function, path + ".parameters", dict) or {}, path + ".parameters")
 
 
-def unrepeated(events: Iterator[Event], beginning: str) -> Iterator[Event]:
-    """Drop the beginning of an answer where the model was given it: the native path of 0.30 and
-    later repeats it at once, other releases go on from there."""
-    held = Text("")
+def openai_choice(chat: Chat, mode: str, tools: List[Tool], schema: Optional[JSON],
+                  path: str) -> None:
+    """Offer tools as tool_choice says, or bind the answer to a call or a schema."""
+    if mode == "required":
+        chat.ignored += ["reasoning_effort"] if chat.body.get("think") else []
+        chat.ignored += [path] if schema is not None else []
+        force_call(chat, tools)
+    else:
+        offer_tools(chat, [] if mode == "none" else tools, schema, path)
+
+
+def openai_extras(body: JSON, chat: Chat) -> None:
+    """Ollama's own settings that are not options."""
+    keep_alive, think = ollama_keep_alive(body), openai_think(body)
+    if keep_alive is not None:
+        chat.body["keep_alive"] = keep_alive
+    if think is not None:
+        chat.body["think"] = think
+
+
+REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
+    "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+    "xhigh": "max", "ultra": "max", "max": "max"}
+
+
+def openai_think(body: JSON) -> Union[None, bool, str]:
+    """How much to think, by the first name that says so; None leaves it to Ollama."""
+    reasoning = optional(body, "reasoning", dict) or {}
+    for owner, path in ((body, "reasoning_effort"), (reasoning, "reasoning.effort")):
+        if owner.get(path.rpartition(".")[2]) is not None:
+            return REASONING_EFFORTS[one_of(owner, path, REASONING_EFFORTS)]
+    if isinstance(body.get("think"), str):
+        return one_of(body, "think", ("low", "medium", "high", "max"))
+    think = optional(body, "think", bool)
+    template = optional(body, "chat_template_kwargs", dict) or {}      # as for vLLM
+    enabled = optional(template, "chat_template_kwargs.enable_thinking", bool)
+    return enabled if think is None else think
+
+
+OPENAI_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                 429: "rate_limit_error"}
+
+
+def openai_error(error: APIError, _request_id: str) -> JSON:
+    """An error object, as all OpenAI endpoints have it; as a frame it ends a stream that fails."""
+    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
+    message = error.message
+    if isinstance(error, PromptTooLong):
+        message = (f"This model's maximum context length is {error.context} tokens. "
+                   f"However, your messages resulted in {error.prompt_tokens} tokens.")
+    return {"error": {"message": message, "type": OPENAI_ERRORS.get(error.status, otherwise),
+                      "param": error.param, "code": error.code}}
+
+
+# ---- OpenAI Chat Completions ---------------------------------------------------------------------
+# POST /v1/chat/completions as OpenAI documents it, for the openai SDKs and all that is built on
+# them; for people with curl `system` at the top level, and a stream unless "stream" is false.
+# Reasoning goes out under both names in use, reasoning_content (DeepSeek's, vLLM's) and reasoning
+# (Ollama's). Keep-alives are comments, since openai-python to 3.54 parses every other line as JSON;
+# role comes once and finish_reason in a chunk of its own, since its accumulator adds strings up.
+
+CHAT_PINGS = itertools.repeat(b": ping\n\n")
+
+
+def chat_completions(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/chat/completions"""
+    chat = chat_request(request.body)
+    if chat.stream is None:
+        chat.stream = wants_stream(request.headers, ollama.config.default_stream)
+    return ollama.answer(chat, chat_reply, chat_stream, CHAT_PINGS)
+
+
+def wants_stream(headers: Mapping[str, str], default: str) -> bool:
+    """Whether a client that does not say so wants a stream.
+
+    SDKs do not, and can be told by their headers; people with curl, requests or urllib do. The
+    Vercel AI SDK 6 and Node's fetch send Accept */*, but Sec-Fetch-Mode."""
+    accept = headers.get("accept", "")
+    if default != "auto" or "text/event-stream" in accept:
+        return default != "off"
+    return not ("application/json" in accept or "sec-fetch-mode" in headers
+                or any(name.startswith("x-stainless-") for name in headers)
+                or headers.get("user-agent", "").startswith(("ai/", "ai-sdk/")))
+
+
+CHAT_OPTIONS = {
+    **OLLAMA_OPTIONS,
+    "max_tokens": Option("num_predict", int, at_least=1),
+    "max_completion_tokens": Option("num_predict", int, at_least=1),     # overrides the older
+    "temperature": Option("temperature", float),
+    "top_p": Option("top_p", float),
+    "seed": Option("seed", int),
+    "frequency_penalty": Option("frequency_penalty", float),
+    "presence_penalty": Option("presence_penalty", float)}
+CHAT_FIELDS = {
+    "model", "messages", "system", "stream", "stream_options.include_usage", "stop", "n",
+    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format",
+    "logprobs", "top_logprobs", "reasoning_effort", "reasoning.effort",
+    "chat_template_kwargs.enable_thinking", "options", "keep_alive", "think", "format",
+    *CHAT_OPTIONS}
+
+
+def chat_request(body: JSON) -> Chat:
+    """A chat completion request as a chat for Ollama."""
+    history = History()
+    turns = [chat_turn(turn, path, history)
+             for path, turn in items(required(body, "messages", list), "messages", dict)]
+    if not turns:
+        raise invalid("messages", "must not be empty")
+    system = openai_content(body, "system", "system", CHAT_PARTS)["content"]
+    early: List[OllamaMessage] = [{"role": "system", "content": system}] if system else []
+    chat = chat_settings(body, {"messages": system_first(early + turns)})
+    chat.ignored += unread(body, CHAT_FIELDS)
+    chat.body.update(chat_logprobs(body))
+    openai_extras(body, chat)
+    chat_choice(body, chat, chat_tools(body))
+    return chat
+
+
+def chat_settings(body: JSON, asked: OllamaChat) -> Chat:
+    """A chat with what completions have in common with it."""
+    if optional(body, "n", int) not in (None, 1):
+        raise invalid("n", "must be 1: Ollama gives one answer at a time")
+    stream_options = optional(body, "stream_options", dict) or {}
+    options, stop = ollama_options(body, CHAT_OPTIONS)
+    return Chat({"model": required(body, "model", str), **asked, "options": options},
+                stream=optional(body, "stream", bool), stop=chat_stop(body) + stop,
+                include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)))
+
+
+CHAT_PARTS: OpenAIParts = {
+    "text": (("system", "user", "assistant", "tool"), text_part),
+    "refusal": (("assistant",), refusal_part),
+    "image_url": (("user", "tool"), image_part)}
+
+
+def chat_turn(turn: JSON, path: str, history: History) -> OllamaMessage:
+    """One of `messages`."""
+    role = OPENAI_ROLES[one_of(turn, path + ".role", OPENAI_ROLES)]
+    if turn.get("content") is None and role not in ("assistant", "tool"):
+        raise invalid(path + ".content", "is required")
+    message = openai_content(turn, path + ".content", role, CHAT_PARTS)
+    if role == "assistant":
+        message.update(chat_said(turn, path, history))
+    if role == "tool":
+        message["content"] = message["content"] or NO_TEXT
+        message.update(chat_result(turn, path, history))
+    return message
+
+
+def chat_said(turn: JSON, path: str, history: History) -> OllamaMessage:
+    """What an assistant's message has beside its content."""
+    said: OllamaMessage = {}
+    thoughts = (optional(turn, path + ".reasoning_content", str)
+                or optional(turn, path + ".reasoning", str))
+    if thoughts:
+        said["thinking"] = thoughts
+    calls = []
+    for place, call in items(optional(turn, path + ".tool_calls", list) or [],
+                             path + ".tool_calls", dict):
+        function = required(call, place + ".function", dict)
+        calls.append(openai_earlier_call(function, place + ".function", history,
+                                         required(call, place + ".id", str)))
+    legacy = optional(turn, path + ".function_call", dict)
+    if legacy:
+        calls.append(openai_earlier_call(legacy, path + ".function_call", history))
+    if calls:
+        said["tool_calls"] = calls
+    return said
+
+
+def chat_result(turn: JSON, path: str, history: History) -> OllamaMessage:
+    """Which call a tool's message answers. Some clients give the name in place of the id."""
+    name = optional(turn, path + ".name", str)
+    id = optional(turn, path + ".tool_call_id", str) or name
+    if name and id not in history.calls:
+        return {"tool_name": name}
+    return history.result(required({"tool_call_id": id}, path + ".tool_call_id", str),
+                          path + ".tool_call_id")
+
+
+def chat_tools(body: JSON) -> List[Tool]:
+    """The tools on offer; `functions` is their older form."""
+    tools = [openai_tool(function, path)
+             for path, function in items(optional(body, "functions", list) or [],
+                                         "functions", dict)]
+    for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
+        if optional(tool, path + ".type", str) not in (None, "function"):
+            raise invalid(path + ".type", f"must be function, not {dumps(tool['type'])}")
+        tools.append(openai_tool(required(tool, path + ".function", dict), path + ".function"))
+    return tools
+
+
+def chat_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
+    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
+    chat.function_call = body.get("functions") is not None
+    chat.one_call = (chat.function_call
+                     or optional(body, "parallel_tool_calls", bool) is False)
+    openai_choice(chat, *chat_chosen(body, tools), *chat_format(body))
+
+
+def chat_chosen(body: JSON, tools: List[Tool]) -> Tuple[str, List[Tool]]:
+    """tool_choice: none, auto or required, and the tools that it is about."""
+    by_name = {tool.name: tool for tool in tools}
+    path = "function_call" if body.get("tool_choice") is None else "tool_choice"
+    choice = body.get(path) or "auto"
+    if isinstance(choice, str):
+        mode = one_of({path: choice}, path, ("auto", "none", "required"))
+    elif path == "function_call":
+        name = one_of(checked(choice, path, dict), path + ".name", by_name)
+        mode, tools = "required", [by_name[name]]
+    elif one_of(checked(choice, path, dict), path + ".type", ("function", "allowed_tools")) \
+            == "function":
+        function = required(choice, path + ".function", dict)
+        mode, tools = "required", [by_name[one_of(function, path + ".function.name", by_name)]]
+    else:
+        mode, tools = chat_allowed(required(choice, path + ".allowed_tools", dict), by_name)
+    if mode == "required" and not tools:
+        raise invalid(path, "is required, but no tool is offered")
+    return mode, tools
+
+
+def chat_allowed(allowed: JSON, by_name: Mapping[str, Tool]) -> Tuple[str, List[Tool]]:
+    path = "tool_choice.allowed_tools"
+    mode = one_of(allowed, path + ".mode", ("auto", "required"))
+    tools = []
+    for place, tool in items(required(allowed, path + ".tools", list), path + ".tools", dict):
+        function = required(tool, place + ".function", dict)
+        tools.append(by_name[one_of(function, place + ".function.name", by_name)])
+    return mode, tools
+
+
+def chat_format(body: JSON) -> Tuple[Optional[JSON], str]:
+    """The schema that the answer shall have, and its path: OpenAI's field, else Ollama's own."""
+    wanted = optional(body, "response_format", dict) or {"type": "text"}
+    kind = one_of(wanted, "response_format.type", ("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        path = "response_format.json_schema"
+        return required(required(wanted, path, dict), path + ".schema", dict), path + ".schema"
+    if kind == "json_object" or body.get("format") == "json":
+        return {"type": "object"}, "response_format" if kind == "json_object" else "format"
+    return optional(body, "format", dict), "format"
+
+
+def chat_stop(body: JSON) -> List[str]:
+    stop = body.get("stop")
+    if isinstance(stop, str):
+        return stop_texts([stop], "stop")
+    return stop_texts(optional(body, "stop", list) or [], "stop")
+
+
+def chat_logprobs(body: JSON) -> OllamaChat:
+    wanted, top = optional(body, "logprobs", bool), optional(body, "top_logprobs", int)
+    if top is not None and not 0 <= top <= 20:
+        raise invalid("top_logprobs", "must be between 0 and 20")
+    if not wanted:
+        return {}
+    return {"logprobs": True, **({} if top is None else {"top_logprobs": top})}
+
+
+def chat_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    """The completion object for a client that does not stream."""
+    parts, finish = collected(events)
+    texts = [part for part in parts if isinstance(part, Text)]
+    thoughts = "".join(part.text for part in parts if isinstance(part, Thinking))
+    calls = chat_calls(chat, [chat_call(part) for part in parts if isinstance(part, ToolCall)])
+    content = "".join(text.text for text in texts)
+    message = {"role": "assistant", "content": None if calls and not content else content,
+               "refusal": None, **chat_reasoning(thoughts), **calls}
+    choice = {"index": 0, "message": message, "finish_reason": chat_finish(chat, finish),
+              "logprobs": chat_scores(itertools.chain(*(text.logprobs for text in texts)))}
+    return {**chat_head(chat, "chat.completion"), "choices": [choice], "usage": chat_usage(finish)}
+
+
+def chat_head(chat: Chat, kind: str, prefix: str = "chatcmpl-") -> JSON:
+    """What a completion and each of its chunks begin with."""
+    return {"id": new_id(prefix), "object": kind, "created": int(time.time()),
+            "model": chat.body["model"]}
+
+
+def chat_usage(finish: Finish) -> JSON:
+    cached = finish.cached_tokens
+    details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
+    return {"prompt_tokens": finish.prompt_tokens, "completion_tokens": finish.completion_tokens,
+            "total_tokens": finish.prompt_tokens + finish.completion_tokens, **details}
+
+
+def chat_reasoning(text: str) -> JSON:
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def chat_scores(logprobs: Iterable[JSON]) -> Optional[JSON]:
+    """Ollama's log probabilities in OpenAI's words, which are almost the same."""
+    content = [{"bytes": None, "top_logprobs": [], **entry} for entry in logprobs]
+    return {"content": content, "refusal": None} if content else None
+
+
+FINISH_REASONS = {"stop_sequence": "stop"}
+
+
+def chat_finish(chat: Chat, finish: Finish) -> str:
+    if chat.function_call and finish.reason == "tool_calls":
+        return "function_call"
+    return FINISH_REASONS.get(finish.reason, finish.reason)
+
+
+def chat_call(call: ToolCall) -> JSON:
+    return {"id": new_id("call_"), "type": "function",
+            "function": {"name": call.name, "arguments": dumps(call.arguments)}}
+
+
+def chat_calls(chat: Chat, calls: List[JSON]) -> JSON:
+    """The part of a message or of a delta that has the tool calls, if there are any."""
+    if chat.function_call and calls:
+        return {"function_call": calls[0]["function"]}
+    return {"tool_calls": calls} if calls else {}
+
+
+CHAT_DONE = b"data: [DONE]\n\n"
+
+
+def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
+    """The chunks for a client that streams, and [DONE]."""
+    def chunk(delta: JSON, finish_reason: Optional[str] = None,
+              logprobs: Iterable[JSON] = ()) -> bytes:
+        return sse({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason,
+                                         "logprobs": chat_scores(logprobs)}]})
+
+    events = begun(events)
+    head = chat_head(chat, "chat.completion.chunk")
+    text = prepared(lambda text: chunk({"content": text}))
+    reasoning = prepared(lambda text: chunk(chat_reasoning(text)))
+    indexes = itertools.count()              # by which clients put deltas of calls together
+    yield chunk({"role": "assistant", "content": ""})
     for event in events:
         if isinstance(event, Text):
-            held += event
-            if beginning.startswith(held.text) and held.text != beginning:
-                continue
-            repeated = beginning and held.text.startswith(beginning)
-            event = held.split(len(beginning))[1] if repeated else held
-            beginning, held = "", Text("")
-        elif held.text:
-            yield held
-            beginning, held = "", Text("")
-        if event != Text(""):
-            yield event
+            yield (chunk({"content": event.text}, logprobs=event.logprobs) if event.logprobs else
+                   text(event.text))
+        elif isinstance(event, Thinking):
+            yield reasoning(event.text)
+        elif isinstance(event, ToolCall):
+            yield chunk(chat_calls(chat, [{"index": next(indexes), **chat_call(event)}]))
+        else:
+            yield chunk({}, chat_finish(chat, event))
+            if chat.include_usage:
+                yield sse({**head, "choices": [], "usage": chat_usage(event)})
+    yield CHAT_DONE
 
 
-def until_stop(events: Iterator[Event], stops: Sequence[str],
-               prompt_tokens: int) -> Iterator[Event]:
-    """Cut the text at the stop text that is complete first, and say which it was.
+# ---- Completions and Embeddings ------------------------------------------------------------------
+# POST /v1/completions, for editors that fill in the middle of a text, and for older programs: asks
+# /api/generate, so that the model's template applies. Thoughts have no place there and are not
+# asked for. POST /v1/embeddings, whose SDKs ask for base64 by default: little-endian float32.
 
-    Sent to Ollama as `stop` they would replace the model's own list, and Ollama never tells which
-    one it met. What may be the beginning of one is held back. Since Ollama's counts come last, the
-    prompt's is the caller's estimate then, and the answer's the number of chunks."""
-    held, chunks = Text(""), 0
+def completions(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/completions"""
+    return ollama.answer(completions_request(request.body), completions_reply, completions_stream,
+                         CHAT_PINGS)
+
+
+COMPLETIONS_FIELDS = {"model", "prompt", "suffix", "stream", "stream_options.include_usage", "stop",
+                      "n", "options", "keep_alive", *CHAT_OPTIONS}
+
+
+def completions_request(body: JSON) -> Chat:
+    prompts = texts_of(body, "prompt")
+    if len(prompts) > 1:
+        raise invalid("prompt", "must be one text: ask for each of several in a request of its own")
+    asked: OllamaChat = {"prompt": prompts[0], "think": False}
+    suffix = optional(body, "suffix", str)
+    if suffix:
+        asked["suffix"] = suffix
+    chat = chat_settings(body, asked)
+    chat.ignored += unread(body, COMPLETIONS_FIELDS)
+    openai_extras({"keep_alive": body.get("keep_alive")}, chat)
+    return chat
+
+
+def texts_of(body: JSON, path: str) -> List[str]:
+    """A field that is a string or a list of strings, none of them empty."""
+    value = body.get(path)
+    texts: List[Any] = [value] if isinstance(value, str) else required(body, path, list)
+    if not texts:
+        raise invalid(path, "must not be empty")
+    for index, text in enumerate(texts):
+        place = path if texts is not value else f"{path}.{index}"
+        if type(text) in (int, list):
+            raise invalid(place, "must be text: ids of OpenAI's tokens mean nothing to Ollama's "
+                                 "models (LangChain: check_embedding_ctx_length=False)")
+        if not checked(text, place, str):
+            raise invalid(place, "must not be empty")
+    return texts
+
+
+def completions_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    parts, finish = collected(events)
+    text = "".join(part.text for part in parts if isinstance(part, Text))
+    return {**chat_head(chat, "text_completion", "cmpl-"),
+            **completions_choice(text, chat_finish(chat, finish)), "usage": chat_usage(finish)}
+
+
+def completions_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
+    events = begun(events)
+    head = chat_head(chat, "text_completion", "cmpl-")
     for event in events:
-        chunks += 1
-        if not isinstance(event, Text):
-            if held != Text(""):
-                yield held
-            held = Text("")
-            yield event
-            continue
-        held += event
-        start, stop = first_stop(held.text, stops)
-        if start:
-            ready, held = held.split(start)
-            yield ready
-        if stop is not None:
-            yield Finish("stop_sequence", prompt_tokens, chunks, stop)
-            return
+        if isinstance(event, Text):
+            yield sse({**head, **completions_choice(event.text, None)})
+        elif isinstance(event, Finish):
+            yield sse({**head, **completions_choice("", chat_finish(chat, event))})
+            if chat.include_usage:
+                yield sse({**head, "choices": [], "usage": chat_usage(event)})
+    yield CHAT_DONE
 
 
-def first_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
-    """Where the text ends that may go out, and the stop text that begins there, if it is complete.
-
-    The one that ends first wins, so that the result does not depend on how the text arrives."""
-    found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
-    if found:
-        return min(found)[1:]
-    longest = min(len(text), max(map(len, stops)) - 1)
-    for length in range(longest, 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return len(text) - length, None
-    return len(text), None
+def completions_choice(text: str, finish_reason: Optional[str]) -> JSON:
+    return {"choices": [{"index": 0, "text": text, "logprobs": None,
+                         "finish_reason": finish_reason}]}
 
 
-def sse(data: JSON) -> bytes:
-    """One server-sent event (WHATWG HTML, section 9.2), named after its type where it has one.
-
-    Chunks of chat completions have none, and must not: an `event:` line stops the openai SDK."""
-    name = f"event: {data['type']}\n" if "type" in data else ""
-    return (f"{name}data: {dumps(data)}\n\n").encode()
+EMBEDDINGS_FIELDS = {"model", "input", "encoding_format", "dimensions", "options", "keep_alive",
+                     *OLLAMA_OPTIONS}
 
 
-def new_id(prefix: str) -> str:
-    return prefix + os.urandom(12).hex()
+def embeddings(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/embeddings. A text that is too long is an error, which Ollama by default cuts."""
+    body = request.body
+    texts = texts_of(body, "input")
+    form = (optional(body, "encoding_format", str) or "float").lower()
+    one_of({"encoding_format": form}, "encoding_format", ("float", "base64"))
+    asked: JSON = {"model": required(body, "model", str), "input": texts,
+                   "options": ollama_options(body, OLLAMA_OPTIONS)[0],
+                   "keep_alive": ollama_keep_alive(body), **options_of(body, {
+                       "dimensions": Option("dimensions", int, at_least=1)})}
+    answer = ollama.embed({name: value for name, value in asked.items() if value is not None})
+    vectors: List[Any] = told(answer, "embeddings", [])
+    if len(vectors) != len(texts):
+        raise broken(f"{len(vectors)} embeddings for {len(texts)} texts")
+    data = [{"object": "embedding", "index": index, "embedding": encoded(vector, form)}
+            for index, vector in enumerate(vectors)]
+    tokens = told(answer, "prompt_eval_count", 0)
+    return Answer({"object": "list", "data": data, "model": body["model"],
+                   "usage": {"prompt_tokens": tokens, "total_tokens": tokens}},
+                  ignored=list(unread(body, EMBEDDINGS_FIELDS)))
 
 
-def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    """The same function of a text, with all but the text in JSON already: for each token it costs
-    a sixth."""
-    hole = new_id("hole_")                       # nobody can have it in a name
-    parts = frame(hole).split(dumps(hole).encode())
-    return lambda text: dumps(text).encode().join(parts)
+def encoded(vector: Any, form: str) -> Union[str, List[float]]:
+    try:
+        packed = struct.pack(f"<{len(vector)}f", *vector)
+    except (TypeError, struct.error, OverflowError) as error:
+        raise broken(f"an embedding that is no list of numbers: {error}") from error
+    return base64.b64encode(packed).decode() if form == "base64" else vector
+
+
+# ---- OpenAI Responses ----------------------------------------------------------------------------
+# POST /v1/responses, for Codex and the newest interface of the openai SDKs; stateless, so the whole
+# conversation comes with each request. Frames are numbered, keep-alives among them: Codex to 0.169
+# ignores comments, and every failure but response.failed, so that a stream words its own here.
+# Items of an assistant in a row are one message to Ollama. A tool of a namespace is "space.name" to
+# the model, and comes back in two; a custom tool is a function with one text, and comes back as it.
+
+def responses(ollama: Ollama, request: Request) -> Answer:
+    """POST /v1/responses"""
+    chat = responses_request(request.body)
+    stream = ResponseStream(chat)
+    return ollama.answer(chat, responses_reply, lambda _, events: stream.frames(events),
+                         stream.pings())
+
+
+RESPONSES_OPTIONS = {
+    **OLLAMA_OPTIONS,
+    "max_output_tokens": Option("num_predict", int, at_least=1),
+    "temperature": Option("temperature", float),
+    "top_p": Option("top_p", float)}
+RESPONSES_FIELDS = {
+    "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
+    "text.format", "reasoning.effort", "reasoning_effort", "previous_response_id", "conversation",
+    "prompt", "background", "options", "keep_alive", "think",
+    "chat_template_kwargs.enable_thinking", *RESPONSES_OPTIONS}
+RESPONSES_ECHO: JSON = {                 # what is repeated of a request, or else said
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
+    "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
+    "text": {"format": {"type": "text"}}, "reasoning": None}
+
+
+def responses_request(body: JSON) -> Chat:
+    """A request for a response as a chat for Ollama."""
+    for field in ("previous_response_id", "conversation", "prompt"):
+        if body.get(field) is not None:
+            raise invalid(field, "is not known: nothing is kept here, send the whole conversation")
+    if optional(body, "background", bool):
+        raise invalid("background", "must be false: an answer comes at once, or as a stream")
+    history = History()
+    history.ignored += unread(body, RESPONSES_FIELDS)
+    tools, kinds = responses_tools(body, history)
+    instructions = optional(body, "instructions", str)
+    system: List[OllamaMessage] = []
+    if instructions:
+        system.append({"role": "system", "content": instructions})
+    options, stop = ollama_options(body, RESPONSES_OPTIONS)
+    chat = Chat({"model": required(body, "model", str), "options": options,
+                 "messages": system_first(system + responses_input(body, history))},
+                stream=bool(optional(body, "stream", bool)), stop=stop, ignored=history.ignored,
+                one_call=optional(body, "parallel_tool_calls", bool) is False, kinds=kinds,
+                echo={name: body[name] if body.get(name) is not None else otherwise
+                      for name, otherwise in RESPONSES_ECHO.items()})
+    openai_extras(body, chat)
+    responses_choice(body, chat, tools)
+    return chat
+
+
+def responses_input(body: JSON, history: History) -> List[OllamaMessage]:
+    """`input`, a text or a list of items, as messages."""
+    if isinstance(body.get("input"), str):
+        return [{"role": "user", "content": body["input"]}]
+    messages: List[OllamaMessage] = []
+    for path, item in items(required(body, "input", list), "input", dict):
+        kind = optional(item, path + ".type", str) or ("message" if "role" in item else None)
+        if kind is None:
+            raise invalid(path + ".type", "is required")
+        for message in RESPONSES_ITEMS.get(kind, dropped_item)(item, path, history):
+            if messages and messages[-1]["role"] == message["role"] == "assistant":
+                message = joined(messages.pop(), message)
+            messages.append(message)
+    if not messages:
+        raise invalid("input", "must not be empty")
+    return messages
+
+
+def joined(first: OllamaMessage, second: OllamaMessage) -> OllamaMessage:
+    """Two messages of the assistant as one."""
+    texts = [first["content"], second["content"]]
+    thoughts = [first.get("thinking", ""), second.get("thinking", "")]
+    calls = first.get("tool_calls", []) + second.get("tool_calls", [])
+    both: OllamaMessage = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
+    if any(thoughts):
+        both["thinking"] = "\n\n".join(filter(None, thoughts))
+    if calls:
+        both["tool_calls"] = calls
+    return both
+
+
+def message_item(item: JSON, path: str, _history: History) -> Iterator[OllamaMessage]:
+    role = OPENAI_ROLES[one_of(item, path + ".role", ("user", "assistant", "system", "developer"))]
+    if item.get("content") is None:
+        raise invalid(path + ".content", "is required")
+    yield openai_content(item, path + ".content", role, RESPONSES_PARTS)
+
+
+def call_item(item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
+    id = required(item, path + ".call_id", str)
+    name = spaced(optional(item, path + ".namespace", str), required(item, path + ".name", str))
+    if item.get("type") == "custom_tool_call":
+        item = {"arguments": {"input": required(item, path + ".input", str)}}
+    yield {"role": "assistant", "content": "", "tool_calls": [
+        openai_earlier_call({**item, "name": name}, path, history, id)]}
+
+
+def output_item(item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
+    place = path + ".call_id"
+    message = openai_content(item, path + ".output", "tool", RESPONSES_PARTS)
+    message["content"] = message["content"] or NO_TEXT
+    message.update(history.result(required(item, place, str), place))
+    yield message
+
+
+def reasoning_item(item: JSON, path: str, _history: History) -> Iterator[OllamaMessage]:
+    """Thoughts, which Codex sends back as they were; what is encrypted stays unread."""
+    texts = [required(part, place + ".text", str) for name in ("summary", "content")
+             for place, part in items(optional(item, f"{path}.{name}", list) or [],
+                                      f"{path}.{name}", dict)]
+    if texts:
+        yield {"role": "assistant", "content": "", "thinking": "\n\n".join(texts)}
+
+
+def tools_item(_item: JSON, _path: str, _history: History) -> Iterator[OllamaMessage]:
+    return iter(())                                            # read by responses_tools
+
+
+def dropped_item(_item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
+    history.ignored.append(path)
+    return iter(())
+
+
+RESPONSES_ITEMS: Dict[str, Callable[[JSON, str, History], Iterator[OllamaMessage]]] = {
+    "message": message_item, "reasoning": reasoning_item, "additional_tools": tools_item,
+    "function_call": call_item, "function_call_output": output_item,
+    "custom_tool_call": call_item, "custom_tool_call_output": output_item}
+RESPONSES_PARTS: OpenAIParts = {
+    "text": (("system", "user", "assistant", "tool"), text_part),       # what a string is read as
+    "input_text": (("system", "user", "assistant", "tool"), text_part),
+    "output_text": (("assistant", "user", "tool"), text_part),
+    "refusal": (("assistant",), refusal_part),
+    "input_image": (("user", "tool"), image_part)}
+
+
+def spaced(namespace: Optional[str], name: str) -> str:
+    """The name under which the model knows a tool of a namespace."""
+    return name if not namespace or name.startswith(namespace + ".") else f"{namespace}.{name}"
+
+
+TOOL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}
+
+
+def responses_tools(body: JSON, history: History) -> Tuple[List[Tool], Dict[str, JSON]]:
+    """The tools to offer, and what an item that calls one of them begins with, by its name."""
+    tools: List[Tool] = []
+    kinds: Dict[str, JSON] = {}
+
+    def read(values: List[Any], path: str, namespace: str = "") -> None:
+        for place, tool in items(values, path, dict):
+            kind = required(tool, place + ".type", str)
+            if kind == "namespace":
+                name = spaced(namespace, required(tool, place + ".name", str))
+                read(required(tool, place + ".tools", list), place + ".tools", name)
+            elif kind in ("function", "custom"):
+                found = custom_tool(tool, place) if kind == "custom" else openai_tool(tool, place)
+                name = spaced(namespace, found.name)
+                tools.append(found._replace(name=name))
+                kinds[name] = {"type": TOOL_ITEMS[kind], "name": found.name,
+                               **({"namespace": namespace} if namespace else {})}
+            else:                                              # hosted by OpenAI
+                history.ignored.append(place)
+
+    read(optional(body, "tools", list) or [], "tools")
+    for index, item in enumerate(list_of(body.get("input"))):
+        if isinstance(item, dict) and item.get("type") == "additional_tools":
+            path = f"input.{index}.tools"
+            read(required(item, path, list), path)
+    return tools, kinds
+
+
+def custom_tool(tool: JSON, path: str) -> Tool:
+    """A tool that takes a text; its grammar, if it has one, is left to the model to read."""
+    plain = openai_tool({**tool, "parameters": None}, path)
+    form = optional(tool, path + ".format", dict) or {}
+    notes = [plain.description, optional(form, path + ".format.definition", str) or ""]
+    return plain._replace(description="\n\n".join(filter(None, notes)),
+                          schema=object_schema(input={"type": "string"}))
+
+
+def responses_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
+    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
+    choice = body.get("tool_choice") or "auto"
+    by_name = {tool.name: tool for tool in tools}
+    by_name.update({chat.kinds[tool.name]["name"]: tool for tool in tools})
+    if isinstance(choice, str):
+        mode = one_of(body if choice != "auto" else {"tool_choice": choice}, "tool_choice",
+                      ("auto", "none", "required"))
+    elif one_of(checked(choice, "tool_choice", dict), "tool_choice.type",
+                ("function", "custom", "allowed_tools")) == "allowed_tools":
+        mode = one_of(choice, "tool_choice.mode", ("auto", "required"))
+        allowed = required(choice, "tool_choice.tools", list)
+        tools = [by_name[one_of(tool, path + ".name", by_name)]
+                 for path, tool in items(allowed, "tool_choice.tools", dict)]
+    else:
+        mode, tools = "required", [by_name[one_of(choice, "tool_choice.name", by_name)]]
+    if mode == "required" and not tools:
+        raise invalid("tool_choice", "is required, but no tool is offered")
+    openai_choice(chat, mode, tools, *responses_format(body))
+
+
+def responses_format(body: JSON) -> Tuple[Optional[JSON], str]:
+    wanted = optional(optional(body, "text", dict) or {}, "text.format", dict) or {"type": "text"}
+    kind = one_of(wanted, "text.format.type", ("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        return required(wanted, "text.format.schema", dict), "text.format.schema"
+    return ({"type": "object"} if kind == "json_object" else None), "text.format"
+
+
+def responses_reply(chat: Chat, events: Iterator[Event]) -> JSON:
+    """The response object for a client that does not stream."""
+    parts, finish = collected(events)
+    output = [responses_item(chat, kind, list(run)) for kind, run in runs_of(parts)]
+    return {**responses_object(chat), **responses_end(output, finish)}
+
+
+def responses_object(chat: Chat) -> JSON:
+    """A response that has only begun."""
+    return {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()),
+            "status": "in_progress", "model": chat.body["model"], "output": [], "error": None,
+            "incomplete_details": None, "usage": None, "store": False, **chat.echo}
+
+
+def responses_end(output: List[JSON], finish: Finish) -> JSON:
+    """What a response has at its end: of the length that was allowed, it is incomplete."""
+    cut = finish.reason == "length"
+    return {"status": "incomplete" if cut else "completed", "output": output,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "usage": responses_usage(finish)}
+
+
+def responses_usage(finish: Finish) -> JSON:
+    return {"input_tokens": finish.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": finish.cached_tokens or 0,
+                                     "cache_write_tokens": 0},
+            "output_tokens": finish.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": finish.prompt_tokens + finish.completion_tokens}
+
+
+def responses_item(chat: Chat, kind: type, parts: List[Any], id: str = "") -> JSON:
+    """An item of the output, of all its parts."""
+    if kind is ToolCall:
+        return responses_call(chat, parts[0])
+    text = "".join(part.text for part in parts)
+    if kind is Thinking:
+        return {"id": id or new_id("rs_"), "type": "reasoning",
+                "summary": [{"type": "summary_text", "text": text}]}
+    return {"id": id or new_id("msg_"), "type": "message", "status": "completed",
+            "role": "assistant", "content": [responses_part(text)]}
+
+
+def responses_part(text: str) -> JSON:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def responses_call(chat: Chat, call: ToolCall) -> JSON:
+    kind = chat.kinds.get(call.name, {"type": "function_call", "name": call.name})
+    item = {"id": new_id("fc_"), **kind, "call_id": new_id("call_"), "status": "completed"}
+    if kind["type"] == "function_call":
+        return {**item, "arguments": dumps(call.arguments)}
+    text = call.arguments.get("input")
+    return {**item, "id": new_id("ctc_"),
+            "input": text if isinstance(text, str) else dumps(call.arguments)}
+
+
+# For an item of text: the key of its parts, its frames' names, and what else those of a text have.
+TEXT_FRAMES: Dict[type, Tuple[str, str, str, JSON]] = {
+    Text: ("content", "content_part", "output_text", {"logprobs": []}),
+    Thinking: ("summary", "reasoning_summary_part", "reasoning_summary_text", {})}
+
+
+class ResponseStream:
+    """The frames of one streamed response, which are numbered throughout."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.number = 0
+        self.response = responses_object(chat)
+
+    def frame(self, kind: str, **fields: Any) -> bytes:
+        data = {"type": "response." + kind, "sequence_number": self.number, **fields}
+        self.number += 1
+        return sse(data)
+
+    def opening(self) -> bytes:
+        created = self.frame("created", response=self.response) if not self.number else b""
+        return created + self.frame("in_progress", response=self.response)
+
+    def pings(self) -> Iterator[bytes]:
+        while True:
+            yield self.opening()
+
+    def frames(self, events: Iterator[Event]) -> Iterator[bytes]:
+        """All of them. Once one is out, also a ping, a failure is a frame as well."""
+        try:
+            events = begun(events)
+            yield self.opening()
+            yield from self.items(events)
+        except APIError as error:
+            if not self.number:
+                raise
+            told = openai_error(error, "")["error"]
+            yield self.frame("failed", response={**self.response, "status": "failed", "error": {
+                "code": told["code"] or "server_error", "message": told["message"]}})
+
+    def items(self, events: Iterator[Event]) -> Iterator[bytes]:
+        output: List[JSON] = []
+        for index, (kind, run) in enumerate(runs_of(events)):
+            if kind is Finish:
+                end = responses_end(output, next(run))
+                yield self.frame(end["status"], response={**self.response, **end})
+            else:
+                frames = self.call(index, run) if kind is ToolCall else self.text(index, kind, run)
+                output.append((yield from frames))
+
+    def text(self, index: int, kind: type,
+             run: Iterator[Union[Text, Thinking]]) -> Generator[bytes, None, JSON]:
+        parts_key, part_frames, text_frames, more = TEXT_FRAMES[kind]
+        item = responses_item(self.chat, kind, [])
+        place = {"item_id": item["id"], "output_index": index, parts_key + "_index": 0}
+        status = {"status": "in_progress"} if "status" in item else {}
+        yield self.frame("output_item.added", output_index=index,
+                         item={**item, **status, parts_key: []})
+        yield self.frame(part_frames + ".added", **place, part=item[parts_key][0])
+        parts = []
+        for part in run:
+            parts.append(part)
+            yield self.frame(text_frames + ".delta", **place, delta=part.text, **more)
+        item = responses_item(self.chat, kind, parts, item["id"])
+        whole_part = item[parts_key][0]
+        yield self.frame(text_frames + ".done", **place, text=whole_part["text"], **more)
+        yield self.frame(part_frames + ".done", **place, part=whole_part)
+        yield self.frame("output_item.done", output_index=index, item=item)
+        return item
+
+    def call(self, index: int, run: Iterator[ToolCall]) -> Generator[bytes, None, JSON]:
+        item = responses_item(self.chat, ToolCall, list(run))
+        word = "arguments" if "arguments" in item else "input"
+        kind = "function_call_arguments" if word == "arguments" else "custom_tool_call_input"
+        place = {"item_id": item["id"], "output_index": index}
+        yield self.frame("output_item.added", output_index=index,
+                         item={**item, "status": "in_progress", word: ""})
+        yield self.frame(kind + ".delta", **place, delta=item[word])
+        yield self.frame(kind + ".done", **place, **{word: item[word]})
+        yield self.frame("output_item.done", output_index=index, item=item)
+        return item
+
+
+# ---- Models and health ---------------------------------------------------------------------------
+# One model object satisfies both SDKs. Anthropic's needs has_more: false, or it asks for ever;
+# OpenAI's clients break on `data: null`. Sizes and capabilities are passed on where Ollama tells
+# them (0.30 and later).
+
+def models(ollama: Ollama, request: Request) -> Answer:
+    """GET /v1/models: all of them, or a page as Anthropic's clients may ask for"""
+    data, more = page([model_object(model) for model in ollama.models()], request.query)
+    return Answer({"object": "list", "data": data, "has_more": more,
+                   "first_id": data[0]["id"] if data else None,
+                   "last_id": data[-1]["id"] if data else None})
+
+
+def page(found: List[JSON], query: Mapping[str, str]) -> Tuple[List[JSON], bool]:
+    """What limit, after_id and before_id ask for, and whether there is more in that direction."""
+    ids = [model["id"] for model in found]
+    if not re.fullmatch("[1-9][0-9]{0,2}|1000", query.get("limit", "1")):
+        raise invalid("limit", "must be between 1 and 1000")
+    limit = int(query.get("limit", len(ids)))
+    for name in {"after_id", "before_id"} & query.keys():
+        if query[name] not in ids:
+            raise invalid(name, "must be the id of a model")
+    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
+    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+    if "before_id" in query:
+        first = max(start, end - limit)
+        return found[first:end], first > start
+    return found[start:start + limit], start + limit < end
+
+
+def one_model(ollama: Ollama, request: Request) -> Answer:
+    """GET /v1/models/{id}, by any name that a request may use"""
+    name = request.argument
+    return Answer({**model_object(ollama.model(name)), "id": name})
+
+
+def model_object(model: JSON) -> JSON:
+    """A model of /api/tags, with the keys of OpenAI's model object and of Anthropic's."""
+    name = model_name(model)
+    modified = timestamp(told(model, "modified_at", ""))
+    owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
+    answer = {"id": name, "object": "model", "created": int(modified.timestamp()),
+              "owned_by": owner, "type": "model", "display_name": name,
+              "created_at": modified.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    context = told(told(model, "details", {}), "context_length", 0)
+    if context:
+        answer.update(context_length=context, max_input_tokens=context)
+    abilities: List[Any] = told(model, "capabilities", [])
+    return {**answer, "capabilities": abilities} if abilities else answer
+
+
+def timestamp(text: str) -> datetime:
+    """Go's RFC 3339, whose nine decimals and Z Python before 3.11 does not read."""
+    match = re.match(r"(\d+-\d+-\d+T\d+:\d+:\d+)(?:\.\d+)?(?:Z|([+-]\d+:\d+))?$", text)
+    try:
+        when = datetime.fromisoformat(match[1] + (match[2] or "+00:00") if match else text)
+        return when.astimezone(timezone.utc)
+    except (ValueError, OverflowError):
+        return datetime.fromtimestamp(0, timezone.utc)
+
+
+def health(ollama: Ollama, _request: Request) -> Answer:
+    """GET /health: whether Ollama answers, within two seconds"""
+    told: JSON = {"ollama": ollama.config.ollama}
+    try:
+        version = ollama.get("/api/version", ollama.config.health_seconds).get("version")
+    except APIError as error:
+        return Answer({"status": "unavailable", **told, "error": error.message}, status=503)
+    return Answer({"status": "ok", **told, "version": version})
+
+
+def ollama_version(ollama: Ollama, _request: Request) -> Answer:
+    """GET /api/version, as Ollama has it"""
+    return Answer(ollama.get("/api/version"))
+
+
+def ollama_tags(ollama: Ollama, _request: Request) -> Answer:
+    """GET /api/tags, as Ollama has it"""
+    return Answer(ollama.get("/api/tags"))
+
+
+def about(ollama: Ollama, _request: Request) -> Answer:
+    """GET /"""
+    return Answer({"name": "ollama_api.py", "version": __version__, "ollama": ollama.config.ollama,
+                   "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
+
+
+# ---- Routes --------------------------------------------------------------------------------------
+# The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so a
+# request's path is compared without its leading /v1 segments, however many, and without a trailing
+# slash. {id} is the rest of the path, unquoted: model names may contain slashes. HEAD is GET.
+
+Wording = Callable[[APIError, str], JSON]
+
+
+class Route(NamedTuple):
+    method: str                          # GET or POST
+    path: str
+    endpoint: Callable[[Ollama, Request], Answer]
+    error: Optional[Wording] = None      # None: by the anthropic-version header
+
+
+ROUTES = (
+    Route("POST", "/v1/messages", messages, messages_error),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, messages_error),
+    Route("POST", "/v1/chat/completions", chat_completions, openai_error),
+    Route("POST", "/v1/completions", completions, openai_error),
+    Route("POST", "/v1/embeddings", embeddings, openai_error),
+    Route("POST", "/v1/responses", responses, openai_error),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/models/{id}", one_model),
+    Route("GET", "/api/version", ollama_version),
+    Route("GET", "/api/tags", ollama_tags),
+    Route("GET", "/health", health),
+    Route("GET", "/", about))
+
+
+def bare(path: str) -> str:
+    return re.sub(r"^(/+v1(?=/|$))+", "", path).rstrip("/")
+
+
+PATTERNS = tuple((re.compile(re.escape(bare(route.path)).replace(re.escape("{id}"), "(.+)")), route)
+                 for route in ROUTES)
+
+
+def routes_for(path: str) -> List[Tuple[Route, str]]:
+    """The rows that have this path, one for each method, and what stands for {id} in it."""
+    plain = bare(path)
+    matches = ((pattern.fullmatch(plain), route) for pattern, route in PATTERNS)
+    return [(route, urllib.parse.unquote(match[1] if match.groups() else ""))
+            for match, route in matches if match]
+
+
+def allowed_methods(path: str) -> str:
+    methods = {route.method for route, _ in routes_for(path)}
+    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+
+
+def find_route(request: Request) -> Tuple[Route, str]:
+    found = routes_for(request.path)
+    if not found:
+        raise APIError(404, f"There is no {dumps(request.path)} here; GET / lists what there is.")
+    for route, argument in found:
+        if route.method == request.method or (route.method, request.method) == ("GET", "HEAD"):
+            return route, argument
+    raise APIError(405, f"{request.method} does not go with {request.path} here; "
+                        f"it takes {allowed_methods(request.path)}.")
+
+
+def wording_for(request: Request) -> Wording:
+    """The dialect in which a client is told of an error, on unknown paths too."""
+    for route, _ in routes_for(request.path):
+        if route.error:
+            return route.error
+    anthropic = "anthropic-version" in request.headers or bare(request.path).startswith("/messages")
+    return messages_error if anthropic else openai_error
 
 
 # ---- Schemas and tools ---------------------------------------------------------------------------
@@ -697,6 +1970,97 @@ def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
 # new one, of the keywords that every release takes, and says what it left out. tool_schema does so
 # for `tools`, of which Ollama reads even less. It has no tool_choice: a call that must be made is
 # an answer that `format` binds to the tools' schemas, on any model, and that becomes a call here.
+
+class Tool(NamedTuple):
+    """A tool as a client defines it."""
+    name: str
+    description: str
+    schema: JSON                       # of its arguments
+    path: str                          # of the schema in the request
+
+    def for_ollama(self) -> JSON:
+        return {"type": "function", "function": {
+            "name": self.name, "description": self.description,
+            "parameters": tool_schema(self.schema)}}
+
+    def for_model(self) -> JSON:
+        return {"name": self.name, "description": self.description, "parameters": self.schema}
+
+
+CALL_ONE = "Call the tool {}: answer with the JSON object of its arguments, and nothing else: {}"
+CALL_ANY = ('Call one of these tools: answer with a JSON object of its "name" and "parameters", '
+            'and nothing else: {}')
+CALL_OR_ANSWER = ('Answer with a JSON object, and nothing else: to call a tool, of its "name" and '
+                  '"parameters"; else of an "answer" with the schema {}. The tools: {}')
+ANSWER = "Answer with JSON of this schema, and nothing else: {}"
+
+
+def force_call(chat: Chat, tools: Sequence[Tool]) -> None:
+    """Make the model call one of the tools, without thoughts, which `format` lets come first."""
+    reducer = SchemaReducer()
+    chat.body["think"] = False
+    if len(tools) == 1:
+        chat.decode = functools.partial(ToolCall, tools[0].name)
+        bind(chat, reducer, arguments_schema(reducer, tools[0]),
+             CALL_ONE.format(tools[0].name, plain_json(tools[0].for_model())))
+    else:
+        chat.decode = functools.partial(chosen, [tool.name for tool in tools], False)
+        bind(chat, reducer, {"anyOf": [call_schema(reducer, tool) for tool in tools]},
+             CALL_ANY.format(plain_json([tool.for_model() for tool in tools])))
+
+
+def offer_tools(chat: Chat, tools: Sequence[Tool], schema: Optional[JSON], path: str) -> None:
+    """Let the model call tools or answer; with the `schema` that the client has at `path`, if any.
+
+    Given both `tools` and `format`, Ollama never calls a tool; so the choice becomes a schema."""
+    reducer = SchemaReducer()
+    if schema is None:
+        chat.body.update({"tools": [tool.for_ollama() for tool in tools]} if tools else {})
+        return
+    answer = reducer.read(schema, path)
+    if not tools:
+        bind(chat, reducer, answer, ANSWER.format(plain_json(schema)))
+        return
+    chat.decode = functools.partial(chosen, [tool.name for tool in tools], True)
+    calls = [call_schema(reducer, tool) for tool in tools]
+    described = plain_json([tool.for_model() for tool in tools])
+    bind(chat, reducer, {"anyOf": [*calls, object_schema(answer=answer)]},
+         CALL_OR_ANSWER.format(plain_json(schema), described))
+
+
+def object_schema(**properties: JSON) -> JSON:
+    """Of an object with just these; in this order, which is the alphabet's too, because on the
+    native path of 0.30 and later Ollama keeps to that, and the name must come first."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def call_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
+    return object_schema(name={"const": tool.name}, parameters=arguments_schema(reducer, tool))
+
+
+def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
+    return {**reducer.read(tool.schema, tool.path), "type": "object"}
+
+
+def bind(chat: Chat, reducer: SchemaReducer, schema: JSON, how: str) -> None:
+    """Make `format` of a schema, and describe it in the system prompt, which Ollama does not."""
+    chat.body["format"] = reducer.finished(schema)
+    chat.ignored += reducer.left_out
+    messages = chat.body["messages"]
+    start = 1 if messages[0]["role"] == "system" else 0
+    system: OllamaMessage = {"role": "system", "content": how}
+    chat.body["messages"] = system_first([*messages[:start], system, *messages[start:]])
+
+
+def chosen(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
+    """The tool call, or the answer, that an answer to CALL_ANY or CALL_OR_ANSWER is."""
+    if may_answer and "answer" in value and "name" not in value:
+        return Text(plain_json(value["answer"]))
+    call = tool_call(value, "parameters")
+    if call.name not in names:
+        raise broken(f"a call of {dumps(call.name)[:80]}, which was not offered")
+    return call
+
 
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
@@ -925,26 +2289,6 @@ def pointed_at(root: Any, pointer: str) -> Any:
     return root
 
 
-def list_of(value: Any) -> List[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-class Tool(NamedTuple):
-    """A tool as a client defines it."""
-    name: str
-    description: str
-    schema: JSON                       # of its arguments
-    path: str                          # of the schema in the request
-
-    def for_ollama(self) -> JSON:
-        return {"type": "function", "function": {
-            "name": self.name, "description": self.description,
-            "parameters": tool_schema(self.schema)}}
-
-    def for_model(self) -> JSON:
-        return {"name": self.name, "description": self.description, "parameters": self.schema}
-
-
 def tool_schema(schema: JSON) -> JSON:
     """A tool's schema as far as Ollama reads it, of the kinds that it demands, in the same order
     (of which its KV cache is a matter)."""
@@ -1016,81 +2360,6 @@ def narrowed_value(word: str, value: Any) -> JSON:
     return {"enum": [value]} if word == "const" else {}
 
 
-CALL_ONE = "Call the tool {}: answer with the JSON object of its arguments, and nothing else: {}"
-CALL_ANY = ('Call one of these tools: answer with a JSON object of its "name" and "parameters", '
-            'and nothing else: {}')
-CALL_OR_ANSWER = ('Answer with a JSON object, and nothing else: to call a tool, of its "name" and '
-                  '"parameters"; else of an "answer" with the schema {}. The tools: {}')
-ANSWER = "Answer with JSON of this schema, and nothing else: {}"
-
-
-def force_call(chat: Chat, tools: Sequence[Tool]) -> None:
-    """Make the model call one of the tools, without thoughts, which `format` lets come first."""
-    reducer = SchemaReducer()
-    chat.body["think"] = False
-    if len(tools) == 1:
-        chat.decode = functools.partial(ToolCall, tools[0].name)
-        bind(chat, reducer, arguments_schema(reducer, tools[0]),
-             CALL_ONE.format(tools[0].name, plain_json(tools[0].for_model())))
-    else:
-        chat.decode = functools.partial(chosen, [tool.name for tool in tools], False)
-        bind(chat, reducer, {"anyOf": [call_schema(reducer, tool) for tool in tools]},
-             CALL_ANY.format(plain_json([tool.for_model() for tool in tools])))
-
-
-def offer_tools(chat: Chat, tools: Sequence[Tool], schema: Optional[JSON], path: str) -> None:
-    """Let the model call tools or answer; with the `schema` that the client has at `path`, if any.
-
-    Given both `tools` and `format`, Ollama never calls a tool; so the choice becomes a schema."""
-    reducer = SchemaReducer()
-    if schema is None:
-        chat.body.update({"tools": [tool.for_ollama() for tool in tools]} if tools else {})
-        return
-    answer = reducer.read(schema, path)
-    if not tools:
-        bind(chat, reducer, answer, ANSWER.format(plain_json(schema)))
-        return
-    chat.decode = functools.partial(chosen, [tool.name for tool in tools], True)
-    calls = [call_schema(reducer, tool) for tool in tools]
-    described = plain_json([tool.for_model() for tool in tools])
-    bind(chat, reducer, {"anyOf": [*calls, object_schema(answer=answer)]},
-         CALL_OR_ANSWER.format(plain_json(schema), described))
-
-
-def object_schema(**properties: JSON) -> JSON:
-    """Of an object with just these; in this order, which is the alphabet's too, because on the
-    native path of 0.30 and later Ollama keeps to that, and the name must come first."""
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def call_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
-    return object_schema(name={"const": tool.name}, parameters=arguments_schema(reducer, tool))
-
-
-def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
-    return {**reducer.read(tool.schema, tool.path), "type": "object"}
-
-
-def bind(chat: Chat, reducer: SchemaReducer, schema: JSON, how: str) -> None:
-    """Make `format` of a schema, and describe it in the system prompt, which Ollama does not."""
-    chat.body["format"] = reducer.finished(schema)
-    chat.ignored += reducer.left_out
-    messages = chat.body["messages"]
-    start = 1 if messages[0]["role"] == "system" else 0
-    system: OllamaMessage = {"role": "system", "content": how}
-    chat.body["messages"] = system_first([*messages[:start], system, *messages[start:]])
-
-
-def chosen(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
-    """The tool call, or the answer, that an answer to CALL_ANY or CALL_OR_ANSWER is."""
-    if may_answer and "answer" in value and "name" not in value:
-        return Text(plain_json(value["answer"]))
-    call = tool_call(value, "parameters")
-    if call.name not in names:
-        raise broken(f"a call of {dumps(call.name)[:80]}, which was not offered")
-    return call
-
-
 # ---- Ollama --------------------------------------------------------------------------------------
 # The only section that opens outgoing connections, to one address and nowhere else: no proxies, no
 # redirects. Every chat is streamed from Ollama, also when the client wants one JSON object, so that
@@ -1098,167 +2367,6 @@ def chosen(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
 # Ollama sends not even a status line before the first token exists. So whenever http.client wants
 # more bytes than have arrived, Upstream.readinto below first flushes what the client has coming,
 # and then waits for both sockets at once: for Ollama to send, for the client to leave, for a ping.
-
-class Client(Protocol):
-    """What the upstream needs of the client that it works for."""
-    sock: socket.socket
-    quiet_since: float                 # when it was last sent something, or pinged
-
-    def flush(self) -> None:
-        """Send what is pending; ClientLeft if it cannot be sent."""
-
-    def ping(self) -> None:
-        """Show that the answer is still being worked on."""
-
-    def heard(self) -> bool:
-        """Take what it sends early; False if that is enough. ClientLeft if it is the end."""
-
-
-# Cheaper to make than epoll or kqueue, and unlike select without a limit of 1,024 descriptors.
-Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)     # none on Windows
-
-
-def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) -> T:
-    """The result of a call on a socket that does not block, made again after each wait for `event`.
-
-    A socket with a timeout would be asked whether it is ready before each call: twice the calls for
-    each token, and at each of them another thread may take the interpreter."""
-    while True:
-        try:
-            return act()
-        except BlockingIOError:
-            wanted = event
-        except ssl.SSLWantReadError:             # TLS may have to read to write, and vice versa
-            wanted = selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            wanted = selectors.EVENT_WRITE
-        wait(wanted)
-
-
-def send_all(sock: socket.socket, data: Union[bytes, bytearray],
-             wait: Callable[[int], None]) -> None:
-    """As sendall, but each wait is for progress alone, and the caller's."""
-    view = memoryview(data)
-    while view:
-        view = view[when_ready(functools.partial(sock.send, view), wait, selectors.EVENT_WRITE):]
-
-
-class Upstream(io.RawIOBase):
-    """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
-
-    def __init__(self, sock: socket.socket, client: Client, ping: float, give_up: float) -> None:
-        self.sock, self.client, self.ping, self.give_up = sock, client, ping, give_up
-        sock.setblocking(False)
-        self.selector = Selector()
-        self.selector.register(sock, selectors.EVENT_READ)
-        self.selector.register(client.sock, selectors.EVENT_READ)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self.held():                      # to try first would be a call more for each token
-            self.wait(selectors.EVENT_READ)
-        return when_ready(functools.partial(self.sock.recv_into, buffer), self.wait,
-                          selectors.EVENT_READ)
-
-    def held(self) -> int:
-        """How many bytes TLS has decrypted already, for which no socket becomes readable."""
-        return self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
-
-    def wait(self, event: int) -> None:
-        """Return when Ollama has sent something, or takes more; serve the client meanwhile."""
-        self.client.flush()
-        self.selector.modify(self.sock, event)
-        while True:
-            now = time.monotonic()
-            if now >= self.give_up:
-                raise TimeoutError("no answer in time")
-            ping_at = self.client.quiet_since + self.ping
-            if now >= ping_at:
-                self.client.ping()
-                continue
-            ready = {key.fileobj for key, _ in
-                     self.selector.select(min(ping_at, self.give_up) - now)}
-            if self.client.sock in ready and not self.client.heard():
-                self.selector.unregister(self.client.sock)
-            if self.sock in ready:
-                return
-
-    def close(self) -> None:
-        if not self.closed:
-            self.selector.close()
-            self.sock.close()
-        super().close()
-
-
-class UpstreamSocket:
-    """What http.client takes for the socket. urllib closes it as soon as it has the head, while the
-    body is still to come, and half-closing would tell Ollama that we left: so `close` is empty."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.request = bytearray()
-
-    def sendall(self, data: bytes) -> None:
-        self.request += data                          # the head comes first, and alone
-
-    def send(self) -> None:
-        """Send the request. If Ollama cuts it off, it may have said why: reading will tell."""
-        with contextlib.suppress(ConnectionError):
-            send_all(self.upstream.sock, self.request, self.upstream.wait)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self.upstream, 64 * 1024)
-
-    def close(self) -> None:
-        pass
-
-
-Watch = Callable[[socket.socket], UpstreamSocket]
-
-
-class UpstreamConnection(http.client.HTTPConnection):
-    def __init__(self, watch: Watch, host: str, **how: Any) -> None:
-        super().__init__(host, **how)
-        self.watch = watch
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock = self.watched = self.watch(self.sock)
-
-    def getresponse(self) -> http.client.HTTPResponse:
-        self.watched.send()
-        return super().getresponse()
-
-
-class UpstreamTLSConnection(UpstreamConnection, http.client.HTTPSConnection):
-    pass
-
-
-class UpstreamRequest(urllib.request.Request):
-    def __init__(self, url: str, body: Optional[Mapping[str, Any]], key: str, watch: Watch) -> None:
-        super().__init__(url, None if body is None else dumps(body).encode())
-        self.watch = watch
-        self.add_header("Content-Type", "application/json")
-        if key and self.type == "https":
-            self.add_header("Authorization", "Bearer " + key)
-
-
-class UpstreamHandler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, request: UpstreamRequest) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(UpstreamConnection, request.watch), request)
-
-    def https_open(self, request: UpstreamRequest) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(UpstreamTLSConnection, request.watch), request)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
-# Without build_opener's handlers: no proxy, no redirect, and every status comes back as an answer.
-OPENER = urllib.request.OpenerDirector()
-OPENER.add_handler(UpstreamHandler())
-
 
 class Ollama:
     """One request's way to Ollama: a context manager that closes, at the end of the request, every
@@ -1423,6 +2531,129 @@ def other_think(body: JSON, error: APIError) -> JSON:
     raise error
 
 
+def tagged(name: str) -> str:
+    """The full name of a model: Ollama ignores case, and a missing tag means latest."""
+    return (name if ":" in name.rpartition("/")[2] else name + ":latest").lower()
+
+
+def model_name(model: JSON) -> str:
+    return told(model, "model", "") or told(model, "name", "")
+
+
+def listed(answer: JSON) -> List[JSON]:
+    """The models that /api/tags or /api/ps tells of."""
+    models: List[Any] = told(answer, "models", [])
+    if not all(isinstance(model, dict) for model in models):
+        raise broken(f"models is {dumps(models)[:80]}")
+    return models
+
+
+IMAGE_TOKENS = 768                 # as Ollama estimates them
+RATES_KEPT = 1000                  # of models; with an alias for *, their names are the clients'
+
+
+class TokenRates:
+    """How many bytes of a prompt make a token, for each model: Ollama has no tokenizer to ask, but
+    tells afterwards how many there were. One for all requests of a server."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seen: Dict[str, Tuple[float, float]] = {}     # bytes and tokens, older ones fading
+
+    def tokens(self, body: Mapping[str, Any]) -> int:
+        """An estimate of the length of a prompt."""
+        with self.lock:
+            size, tokens = self.seen.get(body["model"], (4.0, 1.0))
+        return max(1, int(prompt_bytes(body) * tokens / size) + IMAGE_TOKENS * images_in(body))
+
+    def learn(self, body: Mapping[str, Any], tokens: int) -> None:
+        """Take note of Ollama's count; not of one that leaves out what was cached (0.30.0), counts
+        twice (a `format` with thoughts before it), or has images in it."""
+        size = prompt_bytes(body)
+        if "format" in body or images_in(body) or not size / 16 < tokens < size:
+            return
+        with self.lock:
+            old_size, old_tokens = self.seen.pop(body["model"], (0.0, 0.0))
+            self.seen[body["model"]] = old_size / 2 + size, old_tokens / 2 + tokens
+            if len(self.seen) > RATES_KEPT:
+                del self.seen[next(iter(self.seen))]
+
+
+def prompt_bytes(body: Mapping[str, Any]) -> int:
+    """The length of what the model gets to read: texts and tools, and four bytes a message for what
+    its template adds."""
+    messages = body.get("messages", ())
+    texts = [text for message in messages
+             for text in (message["content"], message.get("thinking", ""),
+                          *map(plain_json, message.get("tool_calls", ())))]
+    texts += [body.get("prompt", ""), body.get("suffix", ""), *list_of(body.get("input", "")),
+              *map(plain_json, body.get("tools", ()))]
+    return sum(len(text.encode()) for text in texts) + 4 * (len(messages) or 1)
+
+
+def images_in(body: Mapping[str, Any]) -> int:
+    return sum(len(message.get("images", ())) for message in body.get("messages", ()))
+
+
+def unreachable(url: str, reason: object) -> APIError:
+    if isinstance(reason, (ConnectionResetError, BrokenPipeError)):
+        return broken(reason)                   # it took the connection, not the request
+    return APIError(503, f"Ollama does not answer at {url} ({reason}). Start it with `ollama serve`"
+                         ", or say where it is with --ollama or OLLAMA_HOST.")
+
+
+def broken(how: object) -> APIError:
+    if isinstance(how, TimeoutError):
+        return APIError(504, "Ollama did not answer in time.")
+    reason = how if isinstance(how, str) else repr(how)
+    return APIError(502, f"Ollama's answer is broken: {reason}.")
+
+
+# What Ollama's refusals mean: the first pattern that is found in the text decides the status. Texts
+# that blame the request come as 500 from some releases; and before 0.12.6 all came as 200.
+REFUSALS = tuple((re.compile(pattern), status, code) for pattern, status, code in (
+    (r"exceeds? .*context (length|size)|longer than the context", 400, "context_length_exceeded"),
+    (r"^model .*not found", 404, "model_not_found"),
+    (r"^404 page not found|^405 method not allowed", 502, None),  # an Ollama that is too old
+    (r"does not support|is not supported|invalid (format|JSON schema|think value|model name)"
+     r"|^option .* must be of type", 400, None),
+    (r"server busy", 503, None)))
+NUMBERS = re.compile(r"\((\d+) tokens\).*\((\d+) tokens\)")
+
+
+def refusal(status: int, text: str) -> APIError:
+    """What an Ollama that answered `status` with `text` means for the client.
+
+    4xx keep status and text. 501 is about the request too. Any other 5xx becomes a 502, since Codex
+    hides the text of a 500."""
+    error = innermost_error(text)
+    message = told(error, "message", "") or f"Ollama answered {status} without a word"
+    meant = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
+    status, code = next(meant, (status, None))
+    if code == "context_length_exceeded":
+        numbers = NUMBERS.search(message)
+        if numbers:
+            return PromptTooLong(int(numbers[1]), int(numbers[2]))
+        return PromptTooLong(told(error, "n_prompt_tokens", 0), told(error, "n_ctx", 0))
+    if status == 501:
+        status = 400
+    elif not 400 <= status < 500 and status != 503:
+        status, message = 502, "Ollama failed: " + message
+    return APIError(status, message, code=code, retry_after=5 if status == 503 else None)
+
+
+def innermost_error(text: str) -> JSON:
+    """{"message": ...} out of {"error": "text"}, whose text since 0.30 may be such JSON again. Of
+    what is no such JSON, a page of a proxy's maybe, the beginning."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        error = None
+    if isinstance(error, str):
+        return innermost_error(error)
+    return error if isinstance(error, dict) else {"message": text.strip()[:1000]}
+
+
 def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body as it arrives: read1 returns what is there, where readline would cost more."""
     try:
@@ -1517,6 +2748,16 @@ def tool_call(value: JSON, arguments: str) -> ToolCall:
     return ToolCall(value["name"], told(value, arguments, {}))
 
 
+def told(chunk: JSON, name: str, otherwise: T) -> T:
+    """A field of Ollama's, which must be of the kind of `otherwise`, its value when absent."""
+    value = chunk.get(name)
+    if value is None:
+        return otherwise
+    if not isinstance(value, type(otherwise)):
+        raise broken(f"{name} is {dumps(value)[:80]}")
+    return value
+
+
 def prefill(body: OllamaChat) -> str:
     """The beginning of the answer that the client gave as the last message."""
     last = body["messages"][-1] if "messages" in body else {}
@@ -1538,1495 +2779,275 @@ def read_as(chat: Chat, events: Iterator[Event]) -> Iterator[Event]:
     return events
 
 
-def told(chunk: JSON, name: str, otherwise: T) -> T:
-    """A field of Ollama's, which must be of the kind of `otherwise`, its value when absent."""
-    value = chunk.get(name)
-    if value is None:
-        return otherwise
-    if not isinstance(value, type(otherwise)):
-        raise broken(f"{name} is {dumps(value)[:80]}")
-    return value
-
-
-def listed(answer: JSON) -> List[JSON]:
-    """The models that /api/tags or /api/ps tells of."""
-    models: List[Any] = told(answer, "models", [])
-    if not all(isinstance(model, dict) for model in models):
-        raise broken(f"models is {dumps(models)[:80]}")
-    return models
-
-
-class TokenRates:
-    """How many bytes of a prompt make a token, for each model: Ollama has no tokenizer to ask, but
-    tells afterwards how many there were. One for all requests of a server."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.seen: Dict[str, Tuple[float, float]] = {}     # bytes and tokens, older ones fading
-
-    def tokens(self, body: Mapping[str, Any]) -> int:
-        """An estimate of the length of a prompt."""
-        with self.lock:
-            size, tokens = self.seen.get(body["model"], (4.0, 1.0))
-        return max(1, int(prompt_bytes(body) * tokens / size) + IMAGE_TOKENS * images_in(body))
-
-    def learn(self, body: Mapping[str, Any], tokens: int) -> None:
-        """Take note of Ollama's count; not of one that leaves out what was cached (0.30.0), counts
-        twice (a `format` with thoughts before it), or has images in it."""
-        size = prompt_bytes(body)
-        if "format" in body or images_in(body) or not size / 16 < tokens < size:
-            return
-        with self.lock:
-            old_size, old_tokens = self.seen.pop(body["model"], (0.0, 0.0))
-            self.seen[body["model"]] = old_size / 2 + size, old_tokens / 2 + tokens
-            if len(self.seen) > RATES_KEPT:
-                del self.seen[next(iter(self.seen))]
-
-
-IMAGE_TOKENS = 768                 # as Ollama estimates them
-RATES_KEPT = 1000                  # of models; with an alias for *, their names are the clients'
-
-
-def prompt_bytes(body: Mapping[str, Any]) -> int:
-    """The length of what the model gets to read: texts and tools, and four bytes a message for what
-    its template adds."""
-    messages = body.get("messages", ())
-    texts = [text for message in messages
-             for text in (message["content"], message.get("thinking", ""),
-                          *map(plain_json, message.get("tool_calls", ())))]
-    texts += [body.get("prompt", ""), body.get("suffix", ""), *list_of(body.get("input", "")),
-              *map(plain_json, body.get("tools", ()))]
-    return sum(len(text.encode()) for text in texts) + 4 * (len(messages) or 1)
-
-
-def images_in(body: Mapping[str, Any]) -> int:
-    return sum(len(message.get("images", ())) for message in body.get("messages", ()))
-
-
-def unreachable(url: str, reason: object) -> APIError:
-    if isinstance(reason, (ConnectionResetError, BrokenPipeError)):
-        return broken(reason)                   # it took the connection, not the request
-    return APIError(503, f"Ollama does not answer at {url} ({reason}). Start it with `ollama serve`"
-                         ", or say where it is with --ollama or OLLAMA_HOST.")
-
-
-def broken(how: object) -> APIError:
-    if isinstance(how, TimeoutError):
-        return APIError(504, "Ollama did not answer in time.")
-    reason = how if isinstance(how, str) else repr(how)
-    return APIError(502, f"Ollama's answer is broken: {reason}.")
-
-
-# What Ollama's refusals mean: the first pattern that is found in the text decides the status. Texts
-# that blame the request come as 500 from some releases; and before 0.12.6 all came as 200.
-REFUSALS = tuple((re.compile(pattern), status, code) for pattern, status, code in (
-    (r"exceeds? .*context (length|size)|longer than the context", 400, "context_length_exceeded"),
-    (r"^model .*not found", 404, "model_not_found"),
-    (r"^404 page not found|^405 method not allowed", 502, None),  # an Ollama that is too old
-    (r"does not support|is not supported|invalid (format|JSON schema|think value|model name)"
-     r"|^option .* must be of type", 400, None),
-    (r"server busy", 503, None)))
-NUMBERS = re.compile(r"\((\d+) tokens\).*\((\d+) tokens\)")
-
-
-def refusal(status: int, text: str) -> APIError:
-    """What an Ollama that answered `status` with `text` means for the client.
-
-    4xx keep status and text. 501 is about the request too. Any other 5xx becomes a 502, since Codex
-    hides the text of a 500."""
-    error = innermost_error(text)
-    message = told(error, "message", "") or f"Ollama answered {status} without a word"
-    meant = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
-    status, code = next(meant, (status, None))
-    if code == "context_length_exceeded":
-        numbers = NUMBERS.search(message)
-        if numbers:
-            return PromptTooLong(int(numbers[1]), int(numbers[2]))
-        return PromptTooLong(told(error, "n_prompt_tokens", 0), told(error, "n_ctx", 0))
-    if status == 501:
-        status = 400
-    elif not 400 <= status < 500 and status != 503:
-        status, message = 502, "Ollama failed: " + message
-    return APIError(status, message, code=code, retry_after=5 if status == 503 else None)
-
-
-def innermost_error(text: str) -> JSON:
-    """{"message": ...} out of {"error": "text"}, whose text since 0.30 may be such JSON again. Of
-    what is no such JSON, a page of a proxy's maybe, the beginning."""
-    try:
-        error = json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        error = None
-    if isinstance(error, str):
-        return innermost_error(error)
-    return error if isinstance(error, dict) else {"message": text.strip()[:1000]}
-
-
-def tagged(name: str) -> str:
-    """The full name of a model: Ollama ignores case, and a missing tag means latest."""
-    return (name if ":" in name.rpartition("/")[2] else name + ":latest").lower()
-
-
-def model_name(model: JSON) -> str:
-    return told(model, "model", "") or told(model, "name", "")
-
-
-# ---- Anthropic Messages --------------------------------------------------------------------------
-# POST /v1/messages as the Messages API of 2023-06-01 and 2026-10-21 describes it, for the anthropic
-# SDKs of both generations and Claude Code. Thinking is off unless asked for: programs read
-# content[0].text. Signatures are neither made nor checked. Content blocks are the runs of equal
-# events, so their indexes count up and never two are open. Claude Code's billing header in `system`
-# is dropped: it changes with each request, and Ollama's KV cache would be lost with it.
-
-MESSAGES_OPTIONS = {
-    "max_tokens": Option("num_predict", int, at_least=1),
-    "temperature": Option("temperature", float),
-    "top_p": Option("top_p", float),
-    "top_k": Option("top_k", int)}
-MESSAGES_FIELDS = {
-    "model", "messages", "system", "stream", "stop_sequences", "thinking.type", "tools",
-    "tool_choice.type", "tool_choice.name", "tool_choice.disable_parallel_tool_use",
-    "output_config.effort", "output_config.format.type", "output_config.format.schema",
-    "output_format.type", "output_format.schema", *MESSAGES_OPTIONS}
-EFFORT_LEVELS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
-STOP_REASONS = {"length": "max_tokens", "stop_sequence": "stop_sequence", "tool_calls": "tool_use"}
-MESSAGES_PINGS = itertools.repeat(sse({"type": "ping"}))
-
-
-def messages_request(body: JSON) -> Chat:
-    """A Messages request as a chat for Ollama; unlike Anthropic's it needs no max_tokens."""
-    if body.get("thread") is not None:       # anthropic-python 2's tool runner then sends it whole
-        raise APIError(400, "thread: threads are not kept here, send all messages", param="thread",
-                       details={"error_code": "thread_unsupported_request",
-                                "unsupported": ["thread"]})
-    history = History()
-    history.ignored += unread(body, MESSAGES_FIELDS)
-    turns = [message for path, turn in items(required(body, "messages", list), "messages", dict)
-             for message in messages_turn(turn, path, history)]
-    if not turns:
-        raise invalid("messages", "must not be empty")
-    chat = Chat({"model": required(body, "model", str),
-                 "messages": system_first(messages_system(body) + turns),
-                 "think": messages_think(body, history),
-                 "options": options_of(body, MESSAGES_OPTIONS)},
-                stream=bool(optional(body, "stream", bool)),
-                stop=stop_texts(optional(body, "stop_sequences", list) or [], "stop_sequences"),
-                ignored=history.ignored)
-    messages_choice(body, chat, messages_tools(body, history))
-    return chat
-
-
-def messages_system(body: JSON) -> List[OllamaMessage]:
-    texts = [required(block, path + ".text", str) for path, block in blocks_of(body, "system")]
-    texts = [text for text in texts
-             if text and not text.startswith("x-anthropic-billing-header")]
-    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
-
-
-def messages_turn(turn: JSON, path: str, history: History) -> List[OllamaMessage]:
-    """One of `messages`; what it has of tool results goes before the rest of it."""
-    role = one_of(turn, path + ".role", ("user", "assistant", "system"))
-    if turn.get("content") is None:
-        raise invalid(path + ".content", "is required")
-    parts = messages_parts(turn, path + ".content", role, history)
-    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
-    if any(parts["thinking"]):
-        message["thinking"] = "\n\n".join(parts["thinking"])
-    if parts["images"]:
-        message["images"] = parts["images"]
-    if parts["tool_calls"]:
-        message["tool_calls"] = parts["tool_calls"]
-    results: List[OllamaMessage] = parts["results"]
-    nothing_else = message == {"role": role, "content": ""}
-    return results if results and nothing_else else [*results, message]
-
-
-def messages_parts(owner: JSON, path: str, role: str, history: History) -> Dict[str, List[Any]]:
-    """The parts of the content blocks at `path`. A block that nobody here knows is dropped."""
-    parts: Dict[str, List[Any]] = {
-        key: [] for key in ("content", "thinking", "images", "tool_calls", "results")}
-    for place, block in blocks_of(owner, path):
-        kind = required(block, place + ".type", str)
-        roles, read = MESSAGES_BLOCKS.get(kind, ((role,), dropped_block))
-        if role not in roles:
-            raise invalid(place + ".type", f"{kind} cannot be in content of role {role}")
-        for key, part in read(block, place, history):
-            parts[key].append(part)
-    return parts
-
-
-def text_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
-    yield "content", required(block, path + ".text", str)
-
-
-def thinking_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
-    yield "thinking", required(block, path + ".thinking", str)
-
-
-def dropped_block(_block: JSON, path: str, history: History) -> Iterator[Part]:
-    history.ignored.append(path)
-    return iter(())
-
-
-def source_of(block: JSON, path: str, kinds: Sequence[str]) -> Tuple[str, JSON]:
-    """The source of an image or a document, and its kind."""
-    source = required(block, path + ".source", dict)
-    kind = required(source, path + ".source.type", str)
-    if kind not in kinds:
-        raise invalid(path + ".source.type", f"must be {' or '.join(kinds)}, not {dumps(kind)}: "
-                                             "this server fetches nothing")
-    return kind, source
-
-
-def image_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
-    _, source = source_of(block, path, ("base64",))
-    path += ".source.data"
-    yield "images", base64_checked(required(source, path, str), path)
-
-
-def document_block(block: JSON, path: str, history: History) -> Iterator[Part]:
-    """A document, inlined. Of a PDF, which needs a reader, only a note: to refuse it would end a
-    session of Claude Code that has read one."""
-    kind, source = source_of(block, path, ("text", "content", "base64"))
-    title = optional(block, path + ".title", str) or ""
-    texts = [optional(block, path + ".context", str) or ""]
-    if kind == "text":
-        texts.append(required(source, path + ".source.data", str))
-    elif kind == "content":
-        parts = messages_parts(source, path + ".source.content", "tool", history)
-        texts += parts["content"]
-        yield from (("images", image) for image in parts["images"])
-    else:
-        history.ignored.append(path)
-        texts.append(f"({source.get('media_type')}: cannot be read here)")
-    text = "\n\n".join(filter(None, texts))
-    yield "content", f"<document title={plain_json(title)}>\n{text}\n</document>"
-
-
-def search_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
-    title, source = (required(block, f"{path}.{name}", str) for name in ("title", "source"))
-    parts = messages_parts(block, path + ".content", "tool", history)
-    yield "content", "\n\n".join([f"{title} ({source})", *parts["content"]])
-    yield from (("images", image) for image in parts["images"])
-
-
-def tool_use_block(block: JSON, path: str, history: History) -> Iterator[Part]:
-    id, name = (required(block, f"{path}.{key}", str) for key in ("id", "name"))
-    yield "tool_calls", history.call(id, name, required(block, path + ".input", dict))
-
-
-def tool_result_block(block: JSON, path: str, history: History) -> Iterator[Part]:
-    place = path + ".tool_use_id"
-    message = history.result(required(block, place, str), place)
-    parts = messages_parts(block, path + ".content", "tool", history)
-    text = "\n\n".join(filter(None, parts["content"])) or NO_TEXT
-    failed = optional(block, path + ".is_error", bool)
-    message["content"] = "The tool failed: " + text if failed else text
-    if parts["images"]:
-        message["images"] = parts["images"]
-    yield "results", message
-
-
-def tool_reference_block(block: JSON, path: str, _history: History) -> Iterator[Part]:
-    yield "content", "Tool loaded: " + required(block, path + ".tool_name", str)
-
-
-def mid_conv_system_block(block: JSON, path: str, history: History) -> Iterator[Part]:
-    parts = messages_parts(block, path + ".content", "system", history)
-    return (("content", text) for text in parts["content"])
-
-
-# The roles in whose content a block may stand (tool: in a tool result or a document); its reader.
-MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[JSON, str, History], Iterator[Part]]]] = {
-    "text": (("user", "assistant", "system", "tool"), text_block),
-    "image": (("user", "tool"), image_block),
-    "document": (("user", "tool"), document_block),
-    "search_result": (("user", "tool"), search_result_block),
-    "mid_conv_system": (("user",), mid_conv_system_block),
-    "thinking": (("assistant",), thinking_block),
-    "redacted_thinking": (("assistant",), dropped_block),
-    "tool_use": (("assistant",), tool_use_block),
-    "tool_result": (("user",), tool_result_block),
-    "tool_reference": (("tool",), tool_reference_block)}
-
-
-def messages_tools(body: JSON, history: History) -> List[Tool]:
-    """The tools to offer: without Anthropic's own, which have a type, and deferred ones."""
-    tools = []
-    for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
-        kind = optional(tool, path + ".type", str) or "custom"
-        if kind != "custom" or optional(tool, path + ".defer_loading", bool):
-            history.ignored.append(path)
+def none_lost(events: Iterator[Event]) -> Iterator[Event]:
+    """Refuse an answer that says nothing, but for thoughts and blanks, although the model wrote
+    something: up to 0.32 Ollama swallows tool calls that it cannot parse, or did not offer."""
+    said = False
+    for event in events:
+        said = said or isinstance(event, ToolCall) or (
+            isinstance(event, Text) and bool(event.text.strip()))
+        if isinstance(event, Finish) and not said and event.reason == "stop" \
+                and event.completion_tokens > 1:
+            raise APIError(502, "The model ended without an answer. If it wrote a tool call, "
+                                "Ollama could not read it, and it is lost.")
+        yield event
+
+
+def decoded(events: Iterator[Event], decode: Callable[[JSON], Event],
+            beginning: str) -> Iterator[Event]:
+    """Turn an answer that is bound to be JSON into what it stands for, a tool call. Of one that was
+    cut short nothing is left but the Finish that says so. `beginning` is as for unrepeated."""
+    texts = []
+    for event in events:
+        if isinstance(event, Text):
+            texts.append(event.text)
             continue
-        name = required(tool, path + ".name", str)
-        if not name:
-            raise invalid(path + ".name", "must not be empty")
-        tools.append(Tool(name, optional(tool, path + ".description", str) or "",
-                          optional(tool, path + ".input_schema", dict) or {},
-                          path + ".input_schema"))
-    return tools
+        if isinstance(event, Finish) and event.reason == "stop":
+            found = decode(bound_object("".join(texts), beginning))
+            yield found
+            if isinstance(found, ToolCall):
+                event = dataclasses.replace(event, reason="tool_calls")
+        yield event
 
 
-def messages_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
-    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
-    choice = optional(body, "tool_choice", dict) or {"type": "auto"}
-    kind = one_of(choice, "tool_choice.type", ("auto", "any", "tool", "none"))
-    chat.one_call = bool(optional(choice, "tool_choice.disable_parallel_tool_use", bool))
-    if kind == "tool":
-        name = one_of(choice, "tool_choice.name", [tool.name for tool in tools])
-        tools = [tool for tool in tools if tool.name == name][:1]
-    if kind == "any" and not tools:
-        raise invalid("tool_choice.type", "is any, but no tool is offered")
-    schema, path = messages_format(body)
-    if kind in ("any", "tool"):
-        chat.ignored += ["thinking"] if chat.body["think"] else []
-        chat.ignored += [path] if schema is not None else []
-        force_call(chat, tools)
-    else:
-        offer_tools(chat, [] if kind == "none" else tools, schema, path)
-
-
-def messages_format(body: JSON) -> Tuple[Optional[JSON], str]:
-    """The schema that the answer shall have, and its path; output_format is the older name."""
-    config = optional(body, "output_config", dict) or {}
-    for owner, path in ((config, "output_config.format"), (body, "output_format")):
-        wanted = optional(owner, path, dict)
-        if wanted is not None:
-            one_of(wanted, path + ".type", ("json_schema",))
-            return required(wanted, path + ".schema", dict), path + ".schema"
-    return None, ""
-
-
-def messages_think(body: JSON, history: History) -> Union[bool, str]:
-    """Ollama's `think`: off when absent, else on or at the level of output_config.effort."""
-    thinking = optional(body, "thinking", dict) or {"type": "disabled"}
-    kind = one_of(thinking, "thinking.type", ("enabled", "adaptive", "between_tools", "disabled"))
-    config = optional(body, "output_config", dict) or {}
-    effort = config.get("effort")
-    if effort is not None:
-        effort = one_of(config, "output_config.effort", EFFORT_LEVELS)
-    if kind == "disabled":
-        history.ignored += ["output_config.effort"] if effort else []
-        return False
-    return EFFORT_LEVELS[effort] if effort else True
-
-
-def messages_object(chat: Chat, content: List[JSON], finish: Finish) -> JSON:
-    return {"id": new_id("msg_"), "type": "message", "role": "assistant",
-            "model": chat.body["model"], "content": content, **messages_stop(finish),
-            "usage": messages_usage(finish)}
-
-
-def messages_stop(finish: Finish) -> JSON:
-    return {"stop_reason": STOP_REASONS.get(finish.reason, "end_turn"),
-            "stop_sequence": finish.stop_sequence}
-
-
-def messages_usage(finish: Finish) -> JSON:
-    cached = finish.cached_tokens or 0
-    return {"input_tokens": finish.prompt_tokens - cached,
-            "output_tokens": finish.completion_tokens,
-            "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached}
-
-
-def messages_block(kind: type, parts: List[Any]) -> JSON:
-    """A content block of what it has so far."""
-    if kind is ToolCall:
-        return {"type": "tool_use", "id": new_id("toolu_"), "name": parts[0].name,
-                "input": parts[0].arguments}
-    text = "".join(part.text for part in parts)
-    if kind is Thinking:
-        return {"type": "thinking", "thinking": text, "signature": ""}
-    return {"type": "text", "text": text}
-
-
-def messages_reply(chat: Chat, events: Iterator[Event]) -> JSON:
-    """The Message object for a client that does not stream."""
-    parts, finish = collected(events)
-    content = [messages_block(kind, list(run)) for kind, run in runs_of(parts)]
-    return messages_object(chat, content, finish)
-
-
-def messages_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
-    """The frames for a client that streams: message_start, the blocks, message_delta, message_stop.
-
-    Ollama counts the prompt in its last line only, so message_start has an estimate, and
-    message_delta the count, which the SDKs let replace it."""
-    events = begun(events)
-    start = Finish("", chat.prompt_tokens, 0)
-    yield sse({"type": "message_start",
-               "message": {**messages_object(chat, [], start), "stop_reason": None}})
-    for index, (kind, run) in enumerate(runs_of(events)):
-        if kind is Finish:
-            finish = next(run)
-            yield sse({"type": "message_delta", "delta": messages_stop(finish),
-                       "usage": messages_usage(finish)})
-            yield sse({"type": "message_stop"})
-        else:
-            yield from messages_block_frames(index, kind, run)
-
-
-def messages_block_frames(index: int, kind: type, run: Iterator[Any]) -> Iterator[bytes]:
-    def delta(**fields: str) -> bytes:
-        return sse({"type": "content_block_delta", "index": index, "delta": fields})
-
-    def start(block: JSON) -> bytes:
-        return sse({"type": "content_block_start", "index": index, "content_block": block})
-
-    if kind is ToolCall:
-        block = messages_block(kind, list(run))
-        yield start({**block, "input": {}})
-        yield delta(type="input_json_delta", partial_json=dumps(block["input"]))
-    else:
-        yield start(messages_block(kind, []))
-        of_text = prepared(lambda text: delta(type="thinking_delta", thinking=text)
-                           if kind is Thinking else delta(type="text_delta", text=text))
-        yield from (of_text(part.text) for part in run)
-    if kind is Thinking:
-        yield delta(type="signature_delta", signature="")
-    yield sse({"type": "content_block_stop", "index": index})
-
-
-MESSAGES_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error"}
-
-
-def messages_error(error: APIError, request_id: str) -> JSON:
-    """An error object; the same JSON, as an event, ends a stream that fails."""
-    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
-    kind = "overloaded_error" if error.retry_after else MESSAGES_ERRORS.get(error.status, otherwise)
-    details = {"details": error.details} if error.details else {}
-    return {"type": "error", "error": {"type": kind, "message": error.message, **details},
-            "request_id": request_id}
-
-
-def messages(ollama: Ollama, request: Request) -> Answer:
-    """POST /v1/messages"""
-    return ollama.answer(messages_request(request.body), messages_reply, messages_stream,
-                         MESSAGES_PINGS)
-
-
-def count_tokens(ollama: Ollama, request: Request) -> Answer:
-    """POST /v1/messages/count_tokens: an estimate, without a word to Ollama. Claude Code's /context
-    asks for two dozen at once."""
-    chat = messages_request(request.body)
-    return Answer({"input_tokens": ollama.rates.tokens(chat.body)}, ignored=chat.ignored)
-
-
-# ---- OpenAI's words ------------------------------------------------------------------------------
-# What the dialects of OpenAI have in common: roles, parts of content, tools, reasoning, errors.
-# Reasoning and Ollama's own settings are taken under every name that is in use for them.
-
-OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
-                "tool": "tool", "function": "tool"}
-REASONING_EFFORTS: Dict[str, Union[bool, str]] = {
-    "none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
-    "xhigh": "max", "ultra": "max", "max": "max"}
-OpenAIParts = Dict[str, Tuple[Sequence[str], Callable[[JSON, str], Part]]]
-
-
-def openai_content(owner: JSON, path: str, role: str, kinds: OpenAIParts) -> OllamaMessage:
-    """A message of a content that is a string or a list of parts. `kinds` has, for each kind of
-    part, the roles in whose content it may stand, and its reader."""
-    fitting_kinds = [kind for kind, (roles, _) in kinds.items() if role in roles]
-    parts: Dict[str, List[str]] = {"content": [], "images": []}
-    for place, part in blocks_of(owner, path):
-        key, text = kinds[one_of(part, place + ".type", fitting_kinds)][1](part, place)
-        parts[key].append(text)
-    message: OllamaMessage = {"role": role, "content": "\n\n".join(parts["content"])}
-    if parts["images"]:
-        message["images"] = parts["images"]
-    return message
-
-
-def text_part(part: JSON, path: str) -> Part:
-    return "content", required(part, path + ".text", str)
-
-
-def refusal_part(part: JSON, path: str) -> Part:
-    return "content", required(part, path + ".refusal", str)
-
-
-def image_part(part: JSON, path: str) -> Part:
-    """An image_url: an object with a data URL, or as some clients have it, the URL alone."""
-    place = path + ".image_url"
-    if not isinstance(part.get("image_url"), str):
-        part, place = required(part, place, dict), place + ".url"
-    return "images", data_url(required(part, place, str), place)
-
-
-def openai_earlier_call(function: JSON, path: str, history: History, id: str = "") -> JSON:
-    """An earlier call. The older function_call has no id, so its name stands in for it."""
-    name = required(function, path + ".name", str)
-    arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
+def bound_object(text: str, beginning: str) -> JSON:
+    """The object that an answer is, with or without the beginning that the model was given."""
+    error = "no JSON"
+    for candidate in (text, text[len(beginning):] if text.startswith(beginning) else text):
         try:
-            arguments = strict_json(arguments.encode(), Config.json_depth)
-        except ValueError as error:
-            raise invalid(path + ".arguments", f"is not JSON: {error}") from error
-    return history.call(id or name, name, checked(arguments, path + ".arguments", dict))
+            value = strict_json(candidate.encode("utf-8", "surrogatepass"), Config.json_depth)
+        except ValueError as found:
+            error = str(found)
+            continue
+        if isinstance(value, dict):
+            return value
+    raise broken(f"not a JSON object: {text[:80]!r}, {error}")
 
 
-def openai_tool(function: JSON, path: str) -> Tool:
-    name = required(function, path + ".name", str)
-    if not name:
-        raise invalid(path + ".name", "must not be empty")
-    return Tool(name, optional(function, path + ".description", str) or "",
-                optional(function, path + ".parameters", dict) or {}, path + ".parameters")
+def first_call(events: Iterator[Event]) -> Iterator[Event]:
+    """Drop all tool calls but the first."""
+    calls = itertools.count()
+    return (event for event in events if not isinstance(event, ToolCall) or next(calls) == 0)
 
 
-def openai_choice(chat: Chat, mode: str, tools: List[Tool], schema: Optional[JSON],
-                  path: str) -> None:
-    """Offer tools as tool_choice says, or bind the answer to a call or a schema."""
-    if mode == "required":
-        chat.ignored += ["reasoning_effort"] if chat.body.get("think") else []
-        chat.ignored += [path] if schema is not None else []
-        force_call(chat, tools)
-    else:
-        offer_tools(chat, [] if mode == "none" else tools, schema, path)
-
-
-def openai_extras(body: JSON, chat: Chat) -> None:
-    """Ollama's own settings that are not options."""
-    keep_alive, think = ollama_keep_alive(body), openai_think(body)
-    if keep_alive is not None:
-        chat.body["keep_alive"] = keep_alive
-    if think is not None:
-        chat.body["think"] = think
-
-
-def openai_think(body: JSON) -> Union[None, bool, str]:
-    """How much to think, by the first name that says so; None leaves it to Ollama."""
-    reasoning = optional(body, "reasoning", dict) or {}
-    for owner, path in ((body, "reasoning_effort"), (reasoning, "reasoning.effort")):
-        if owner.get(path.rpartition(".")[2]) is not None:
-            return REASONING_EFFORTS[one_of(owner, path, REASONING_EFFORTS)]
-    if isinstance(body.get("think"), str):
-        return one_of(body, "think", ("low", "medium", "high", "max"))
-    think = optional(body, "think", bool)
-    template = optional(body, "chat_template_kwargs", dict) or {}      # as for vLLM
-    enabled = optional(template, "chat_template_kwargs.enable_thinking", bool)
-    return enabled if think is None else think
-
-
-OPENAI_ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-                 429: "rate_limit_error"}
-
-
-def openai_error(error: APIError, _request_id: str) -> JSON:
-    """An error object, as all OpenAI endpoints have it; as a frame it ends a stream that fails."""
-    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
-    message = error.message
-    if isinstance(error, PromptTooLong):
-        message = (f"This model's maximum context length is {error.context} tokens. "
-                   f"However, your messages resulted in {error.prompt_tokens} tokens.")
-    return {"error": {"message": message, "type": OPENAI_ERRORS.get(error.status, otherwise),
-                      "param": error.param, "code": error.code}}
-
-
-# ---- OpenAI Chat Completions ---------------------------------------------------------------------
-# POST /v1/chat/completions as OpenAI documents it, for the openai SDKs and all that is built on
-# them; for people with curl `system` at the top level, and a stream unless "stream" is false.
-# Reasoning goes out under both names in use, reasoning_content (DeepSeek's, vLLM's) and reasoning
-# (Ollama's). Keep-alives are comments, since openai-python to 3.54 parses every other line as JSON;
-# role comes once and finish_reason in a chunk of its own, since its accumulator adds strings up.
-
-CHAT_OPTIONS = {
-    **OLLAMA_OPTIONS,
-    "max_tokens": Option("num_predict", int, at_least=1),
-    "max_completion_tokens": Option("num_predict", int, at_least=1),     # overrides the older
-    "temperature": Option("temperature", float),
-    "top_p": Option("top_p", float),
-    "seed": Option("seed", int),
-    "frequency_penalty": Option("frequency_penalty", float),
-    "presence_penalty": Option("presence_penalty", float)}
-CHAT_FIELDS = {
-    "model", "messages", "system", "stream", "stream_options.include_usage", "stop", "n",
-    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format",
-    "logprobs", "top_logprobs", "reasoning_effort", "reasoning.effort",
-    "chat_template_kwargs.enable_thinking", "options", "keep_alive", "think", "format",
-    *CHAT_OPTIONS}
-FINISH_REASONS = {"stop_sequence": "stop"}
-CHAT_PINGS = itertools.repeat(b": ping\n\n")
-CHAT_DONE = b"data: [DONE]\n\n"
-
-
-def chat_request(body: JSON) -> Chat:
-    """A chat completion request as a chat for Ollama."""
-    history = History()
-    turns = [chat_turn(turn, path, history)
-             for path, turn in items(required(body, "messages", list), "messages", dict)]
-    if not turns:
-        raise invalid("messages", "must not be empty")
-    system = openai_content(body, "system", "system", CHAT_PARTS)["content"]
-    early: List[OllamaMessage] = [{"role": "system", "content": system}] if system else []
-    chat = chat_settings(body, {"messages": system_first(early + turns)})
-    chat.ignored += unread(body, CHAT_FIELDS)
-    chat.body.update(chat_logprobs(body))
-    openai_extras(body, chat)
-    chat_choice(body, chat, chat_tools(body))
-    return chat
-
-
-def chat_settings(body: JSON, asked: OllamaChat) -> Chat:
-    """A chat with what completions have in common with it."""
-    if optional(body, "n", int) not in (None, 1):
-        raise invalid("n", "must be 1: Ollama gives one answer at a time")
-    stream_options = optional(body, "stream_options", dict) or {}
-    options, stop = ollama_options(body, CHAT_OPTIONS)
-    return Chat({"model": required(body, "model", str), **asked, "options": options},
-                stream=optional(body, "stream", bool), stop=chat_stop(body) + stop,
-                include_usage=bool(optional(stream_options, "stream_options.include_usage", bool)))
-
-
-def chat_turn(turn: JSON, path: str, history: History) -> OllamaMessage:
-    """One of `messages`."""
-    role = OPENAI_ROLES[one_of(turn, path + ".role", OPENAI_ROLES)]
-    if turn.get("content") is None and role not in ("assistant", "tool"):
-        raise invalid(path + ".content", "is required")
-    message = openai_content(turn, path + ".content", role, CHAT_PARTS)
-    if role == "assistant":
-        message.update(chat_said(turn, path, history))
-    if role == "tool":
-        message["content"] = message["content"] or NO_TEXT
-        message.update(chat_result(turn, path, history))
-    return message
-
-
-CHAT_PARTS: OpenAIParts = {
-    "text": (("system", "user", "assistant", "tool"), text_part),
-    "refusal": (("assistant",), refusal_part),
-    "image_url": (("user", "tool"), image_part)}
-
-
-def chat_said(turn: JSON, path: str, history: History) -> OllamaMessage:
-    """What an assistant's message has beside its content."""
-    said: OllamaMessage = {}
-    thoughts = (optional(turn, path + ".reasoning_content", str)
-                or optional(turn, path + ".reasoning", str))
-    if thoughts:
-        said["thinking"] = thoughts
-    calls = []
-    for place, call in items(optional(turn, path + ".tool_calls", list) or [],
-                             path + ".tool_calls", dict):
-        function = required(call, place + ".function", dict)
-        calls.append(openai_earlier_call(function, place + ".function", history,
-                                         required(call, place + ".id", str)))
-    legacy = optional(turn, path + ".function_call", dict)
-    if legacy:
-        calls.append(openai_earlier_call(legacy, path + ".function_call", history))
-    if calls:
-        said["tool_calls"] = calls
-    return said
-
-
-def chat_result(turn: JSON, path: str, history: History) -> OllamaMessage:
-    """Which call a tool's message answers. Some clients give the name in place of the id."""
-    name = optional(turn, path + ".name", str)
-    id = optional(turn, path + ".tool_call_id", str) or name
-    if name and id not in history.calls:
-        return {"tool_name": name}
-    return history.result(required({"tool_call_id": id}, path + ".tool_call_id", str),
-                          path + ".tool_call_id")
-
-
-def chat_tools(body: JSON) -> List[Tool]:
-    """The tools on offer; `functions` is their older form."""
-    tools = [openai_tool(function, path)
-             for path, function in items(optional(body, "functions", list) or [],
-                                         "functions", dict)]
-    for path, tool in items(optional(body, "tools", list) or [], "tools", dict):
-        if optional(tool, path + ".type", str) not in (None, "function"):
-            raise invalid(path + ".type", f"must be function, not {dumps(tool['type'])}")
-        tools.append(openai_tool(required(tool, path + ".function", dict), path + ".function"))
-    return tools
-
-
-def chat_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
-    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
-    chat.function_call = body.get("functions") is not None
-    chat.one_call = (chat.function_call
-                     or optional(body, "parallel_tool_calls", bool) is False)
-    openai_choice(chat, *chat_chosen(body, tools), *chat_format(body))
-
-
-def chat_chosen(body: JSON, tools: List[Tool]) -> Tuple[str, List[Tool]]:
-    """tool_choice: none, auto or required, and the tools that it is about."""
-    by_name = {tool.name: tool for tool in tools}
-    path = "function_call" if body.get("tool_choice") is None else "tool_choice"
-    choice = body.get(path) or "auto"
-    if isinstance(choice, str):
-        mode = one_of({path: choice}, path, ("auto", "none", "required"))
-    elif path == "function_call":
-        name = one_of(checked(choice, path, dict), path + ".name", by_name)
-        mode, tools = "required", [by_name[name]]
-    elif one_of(checked(choice, path, dict), path + ".type", ("function", "allowed_tools")) \
-            == "function":
-        function = required(choice, path + ".function", dict)
-        mode, tools = "required", [by_name[one_of(function, path + ".function.name", by_name)]]
-    else:
-        mode, tools = chat_allowed(required(choice, path + ".allowed_tools", dict), by_name)
-    if mode == "required" and not tools:
-        raise invalid(path, "is required, but no tool is offered")
-    return mode, tools
-
-
-def chat_allowed(allowed: JSON, by_name: Mapping[str, Tool]) -> Tuple[str, List[Tool]]:
-    path = "tool_choice.allowed_tools"
-    mode = one_of(allowed, path + ".mode", ("auto", "required"))
-    tools = []
-    for place, tool in items(required(allowed, path + ".tools", list), path + ".tools", dict):
-        function = required(tool, place + ".function", dict)
-        tools.append(by_name[one_of(function, place + ".function.name", by_name)])
-    return mode, tools
-
-
-def chat_format(body: JSON) -> Tuple[Optional[JSON], str]:
-    """The schema that the answer shall have, and its path: OpenAI's field, else Ollama's own."""
-    wanted = optional(body, "response_format", dict) or {"type": "text"}
-    kind = one_of(wanted, "response_format.type", ("text", "json_object", "json_schema"))
-    if kind == "json_schema":
-        path = "response_format.json_schema"
-        return required(required(wanted, path, dict), path + ".schema", dict), path + ".schema"
-    if kind == "json_object" or body.get("format") == "json":
-        return {"type": "object"}, "response_format" if kind == "json_object" else "format"
-    return optional(body, "format", dict), "format"
-
-
-def chat_stop(body: JSON) -> List[str]:
-    stop = body.get("stop")
-    if isinstance(stop, str):
-        return stop_texts([stop], "stop")
-    return stop_texts(optional(body, "stop", list) or [], "stop")
-
-
-def chat_logprobs(body: JSON) -> OllamaChat:
-    wanted, top = optional(body, "logprobs", bool), optional(body, "top_logprobs", int)
-    if top is not None and not 0 <= top <= 20:
-        raise invalid("top_logprobs", "must be between 0 and 20")
-    if not wanted:
-        return {}
-    return {"logprobs": True, **({} if top is None else {"top_logprobs": top})}
-
-
-def chat_usage(finish: Finish) -> JSON:
-    cached = finish.cached_tokens
-    details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
-    return {"prompt_tokens": finish.prompt_tokens, "completion_tokens": finish.completion_tokens,
-            "total_tokens": finish.prompt_tokens + finish.completion_tokens, **details}
-
-
-def chat_head(chat: Chat, kind: str, prefix: str = "chatcmpl-") -> JSON:
-    """What a completion and each of its chunks begin with."""
-    return {"id": new_id(prefix), "object": kind, "created": int(time.time()),
-            "model": chat.body["model"]}
-
-
-def chat_reasoning(text: str) -> JSON:
-    return {"reasoning_content": text, "reasoning": text} if text else {}
-
-
-def chat_scores(logprobs: Iterable[JSON]) -> Optional[JSON]:
-    """Ollama's log probabilities in OpenAI's words, which are almost the same."""
-    content = [{"bytes": None, "top_logprobs": [], **entry} for entry in logprobs]
-    return {"content": content, "refusal": None} if content else None
-
-
-def chat_finish(chat: Chat, finish: Finish) -> str:
-    if chat.function_call and finish.reason == "tool_calls":
-        return "function_call"
-    return FINISH_REASONS.get(finish.reason, finish.reason)
-
-
-def chat_call(call: ToolCall) -> JSON:
-    return {"id": new_id("call_"), "type": "function",
-            "function": {"name": call.name, "arguments": dumps(call.arguments)}}
-
-
-def chat_calls(chat: Chat, calls: List[JSON]) -> JSON:
-    """The part of a message or of a delta that has the tool calls, if there are any."""
-    if chat.function_call and calls:
-        return {"function_call": calls[0]["function"]}
-    return {"tool_calls": calls} if calls else {}
-
-
-def chat_reply(chat: Chat, events: Iterator[Event]) -> JSON:
-    """The completion object for a client that does not stream."""
-    parts, finish = collected(events)
-    texts = [part for part in parts if isinstance(part, Text)]
-    thoughts = "".join(part.text for part in parts if isinstance(part, Thinking))
-    calls = chat_calls(chat, [chat_call(part) for part in parts if isinstance(part, ToolCall)])
-    content = "".join(text.text for text in texts)
-    message = {"role": "assistant", "content": None if calls and not content else content,
-               "refusal": None, **chat_reasoning(thoughts), **calls}
-    choice = {"index": 0, "message": message, "finish_reason": chat_finish(chat, finish),
-              "logprobs": chat_scores(itertools.chain(*(text.logprobs for text in texts)))}
-    return {**chat_head(chat, "chat.completion"), "choices": [choice], "usage": chat_usage(finish)}
-
-
-def chat_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
-    """The chunks for a client that streams, and [DONE]."""
-    def chunk(delta: JSON, finish_reason: Optional[str] = None,
-              logprobs: Iterable[JSON] = ()) -> bytes:
-        return sse({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason,
-                                         "logprobs": chat_scores(logprobs)}]})
-
-    events = begun(events)
-    head = chat_head(chat, "chat.completion.chunk")
-    text = prepared(lambda text: chunk({"content": text}))
-    reasoning = prepared(lambda text: chunk(chat_reasoning(text)))
-    indexes = itertools.count()              # by which clients put deltas of calls together
-    yield chunk({"role": "assistant", "content": ""})
+def unrepeated(events: Iterator[Event], beginning: str) -> Iterator[Event]:
+    """Drop the beginning of an answer where the model was given it: the native path of 0.30 and
+    later repeats it at once, other releases go on from there."""
+    held = Text("")
     for event in events:
         if isinstance(event, Text):
-            yield (chunk({"content": event.text}, logprobs=event.logprobs) if event.logprobs else
-                   text(event.text))
-        elif isinstance(event, Thinking):
-            yield reasoning(event.text)
-        elif isinstance(event, ToolCall):
-            yield chunk(chat_calls(chat, [{"index": next(indexes), **chat_call(event)}]))
-        else:
-            yield chunk({}, chat_finish(chat, event))
-            if chat.include_usage:
-                yield sse({**head, "choices": [], "usage": chat_usage(event)})
-    yield CHAT_DONE
+            held += event
+            if beginning.startswith(held.text) and held.text != beginning:
+                continue
+            repeated = beginning and held.text.startswith(beginning)
+            event = held.split(len(beginning))[1] if repeated else held
+            beginning, held = "", Text("")
+        elif held.text:
+            yield held
+            beginning, held = "", Text("")
+        if event != Text(""):
+            yield event
 
 
-def wants_stream(headers: Mapping[str, str], default: str) -> bool:
-    """Whether a client that does not say so wants a stream.
+def until_stop(events: Iterator[Event], stops: Sequence[str],
+               prompt_tokens: int) -> Iterator[Event]:
+    """Cut the text at the stop text that is complete first, and say which it was.
 
-    SDKs do not, and can be told by their headers; people with curl, requests or urllib do. The
-    Vercel AI SDK 6 and Node's fetch send Accept */*, but Sec-Fetch-Mode."""
-    accept = headers.get("accept", "")
-    if default != "auto" or "text/event-stream" in accept:
-        return default != "off"
-    return not ("application/json" in accept or "sec-fetch-mode" in headers
-                or any(name.startswith("x-stainless-") for name in headers)
-                or headers.get("user-agent", "").startswith(("ai/", "ai-sdk/")))
-
-
-def chat_completions(ollama: Ollama, request: Request) -> Answer:
-    """POST /v1/chat/completions"""
-    chat = chat_request(request.body)
-    if chat.stream is None:
-        chat.stream = wants_stream(request.headers, ollama.config.default_stream)
-    return ollama.answer(chat, chat_reply, chat_stream, CHAT_PINGS)
-
-
-# ---- Completions and Embeddings ------------------------------------------------------------------
-# POST /v1/completions, for editors that fill in the middle of a text, and for older programs: asks
-# /api/generate, so that the model's template applies. Thoughts have no place there and are not
-# asked for. POST /v1/embeddings, whose SDKs ask for base64 by default: little-endian float32.
-
-COMPLETIONS_FIELDS = {"model", "prompt", "suffix", "stream", "stream_options.include_usage", "stop",
-                      "n", "options", "keep_alive", *CHAT_OPTIONS}
-EMBEDDINGS_FIELDS = {"model", "input", "encoding_format", "dimensions", "options", "keep_alive",
-                     *OLLAMA_OPTIONS}
-
-
-def texts_of(body: JSON, path: str) -> List[str]:
-    """A field that is a string or a list of strings, none of them empty."""
-    value = body.get(path)
-    texts: List[Any] = [value] if isinstance(value, str) else required(body, path, list)
-    if not texts:
-        raise invalid(path, "must not be empty")
-    for index, text in enumerate(texts):
-        place = path if texts is not value else f"{path}.{index}"
-        if type(text) in (int, list):
-            raise invalid(place, "must be text: ids of OpenAI's tokens mean nothing to Ollama's "
-                                 "models (LangChain: check_embedding_ctx_length=False)")
-        if not checked(text, place, str):
-            raise invalid(place, "must not be empty")
-    return texts
-
-
-def completions_request(body: JSON) -> Chat:
-    prompts = texts_of(body, "prompt")
-    if len(prompts) > 1:
-        raise invalid("prompt", "must be one text: ask for each of several in a request of its own")
-    asked: OllamaChat = {"prompt": prompts[0], "think": False}
-    suffix = optional(body, "suffix", str)
-    if suffix:
-        asked["suffix"] = suffix
-    chat = chat_settings(body, asked)
-    chat.ignored += unread(body, COMPLETIONS_FIELDS)
-    openai_extras({"keep_alive": body.get("keep_alive")}, chat)
-    return chat
-
-
-def completions_choice(text: str, finish_reason: Optional[str]) -> JSON:
-    return {"choices": [{"index": 0, "text": text, "logprobs": None,
-                         "finish_reason": finish_reason}]}
-
-
-def completions_reply(chat: Chat, events: Iterator[Event]) -> JSON:
-    parts, finish = collected(events)
-    text = "".join(part.text for part in parts if isinstance(part, Text))
-    return {**chat_head(chat, "text_completion", "cmpl-"),
-            **completions_choice(text, chat_finish(chat, finish)), "usage": chat_usage(finish)}
-
-
-def completions_stream(chat: Chat, events: Iterator[Event]) -> Iterator[bytes]:
-    events = begun(events)
-    head = chat_head(chat, "text_completion", "cmpl-")
+    Sent to Ollama as `stop` they would replace the model's own list, and Ollama never tells which
+    one it met. What may be the beginning of one is held back. Since Ollama's counts come last, the
+    prompt's is the caller's estimate then, and the answer's the number of chunks."""
+    held, chunks = Text(""), 0
     for event in events:
-        if isinstance(event, Text):
-            yield sse({**head, **completions_choice(event.text, None)})
-        elif isinstance(event, Finish):
-            yield sse({**head, **completions_choice("", chat_finish(chat, event))})
-            if chat.include_usage:
-                yield sse({**head, "choices": [], "usage": chat_usage(event)})
-    yield CHAT_DONE
-
-
-def completions(ollama: Ollama, request: Request) -> Answer:
-    """POST /v1/completions"""
-    return ollama.answer(completions_request(request.body), completions_reply, completions_stream,
-                         CHAT_PINGS)
-
-
-def embeddings(ollama: Ollama, request: Request) -> Answer:
-    """POST /v1/embeddings. A text that is too long is an error, which Ollama by default cuts."""
-    body = request.body
-    texts = texts_of(body, "input")
-    form = (optional(body, "encoding_format", str) or "float").lower()
-    one_of({"encoding_format": form}, "encoding_format", ("float", "base64"))
-    asked: JSON = {"model": required(body, "model", str), "input": texts,
-                   "options": ollama_options(body, OLLAMA_OPTIONS)[0],
-                   "keep_alive": ollama_keep_alive(body), **options_of(body, {
-                       "dimensions": Option("dimensions", int, at_least=1)})}
-    answer = ollama.embed({name: value for name, value in asked.items() if value is not None})
-    vectors: List[Any] = told(answer, "embeddings", [])
-    if len(vectors) != len(texts):
-        raise broken(f"{len(vectors)} embeddings for {len(texts)} texts")
-    data = [{"object": "embedding", "index": index, "embedding": encoded(vector, form)}
-            for index, vector in enumerate(vectors)]
-    tokens = told(answer, "prompt_eval_count", 0)
-    return Answer({"object": "list", "data": data, "model": body["model"],
-                   "usage": {"prompt_tokens": tokens, "total_tokens": tokens}},
-                  ignored=list(unread(body, EMBEDDINGS_FIELDS)))
-
-
-def encoded(vector: Any, form: str) -> Union[str, List[float]]:
-    try:
-        packed = struct.pack(f"<{len(vector)}f", *vector)
-    except (TypeError, struct.error, OverflowError) as error:
-        raise broken(f"an embedding that is no list of numbers: {error}") from error
-    return base64.b64encode(packed).decode() if form == "base64" else vector
-
-
-# ---- OpenAI Responses ----------------------------------------------------------------------------
-# POST /v1/responses, for Codex and the newest interface of the openai SDKs; stateless, so the whole
-# conversation comes with each request. Frames are numbered, keep-alives among them: Codex to 0.169
-# ignores comments, and every failure but response.failed, so that a stream words its own here.
-# Items of an assistant in a row are one message to Ollama. A tool of a namespace is "space.name" to
-# the model, and comes back in two; a custom tool is a function with one text, and comes back as it.
-
-RESPONSES_OPTIONS = {
-    **OLLAMA_OPTIONS,
-    "max_output_tokens": Option("num_predict", int, at_least=1),
-    "temperature": Option("temperature", float),
-    "top_p": Option("top_p", float)}
-RESPONSES_FIELDS = {
-    "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
-    "text.format", "reasoning.effort", "reasoning_effort", "previous_response_id", "conversation",
-    "prompt", "background", "options", "keep_alive", "think",
-    "chat_template_kwargs.enable_thinking", *RESPONSES_OPTIONS}
-RESPONSES_ECHO: JSON = {                 # what is repeated of a request, or else said
-    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
-    "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
-    "text": {"format": {"type": "text"}}, "reasoning": None}
-
-
-def responses_request(body: JSON) -> Chat:
-    """A request for a response as a chat for Ollama."""
-    for field in ("previous_response_id", "conversation", "prompt"):
-        if body.get(field) is not None:
-            raise invalid(field, "is not known: nothing is kept here, send the whole conversation")
-    if optional(body, "background", bool):
-        raise invalid("background", "must be false: an answer comes at once, or as a stream")
-    history = History()
-    history.ignored += unread(body, RESPONSES_FIELDS)
-    tools, kinds = responses_tools(body, history)
-    instructions = optional(body, "instructions", str)
-    system: List[OllamaMessage] = []
-    if instructions:
-        system.append({"role": "system", "content": instructions})
-    options, stop = ollama_options(body, RESPONSES_OPTIONS)
-    chat = Chat({"model": required(body, "model", str), "options": options,
-                 "messages": system_first(system + responses_input(body, history))},
-                stream=bool(optional(body, "stream", bool)), stop=stop, ignored=history.ignored,
-                one_call=optional(body, "parallel_tool_calls", bool) is False, kinds=kinds,
-                echo={name: body[name] if body.get(name) is not None else otherwise
-                      for name, otherwise in RESPONSES_ECHO.items()})
-    openai_extras(body, chat)
-    responses_choice(body, chat, tools)
-    return chat
-
-
-def responses_input(body: JSON, history: History) -> List[OllamaMessage]:
-    """`input`, a text or a list of items, as messages."""
-    if isinstance(body.get("input"), str):
-        return [{"role": "user", "content": body["input"]}]
-    messages: List[OllamaMessage] = []
-    for path, item in items(required(body, "input", list), "input", dict):
-        kind = optional(item, path + ".type", str) or ("message" if "role" in item else None)
-        if kind is None:
-            raise invalid(path + ".type", "is required")
-        for message in RESPONSES_ITEMS.get(kind, dropped_item)(item, path, history):
-            if messages and messages[-1]["role"] == message["role"] == "assistant":
-                message = joined(messages.pop(), message)
-            messages.append(message)
-    if not messages:
-        raise invalid("input", "must not be empty")
-    return messages
-
-
-def joined(first: OllamaMessage, second: OllamaMessage) -> OllamaMessage:
-    """Two messages of the assistant as one."""
-    texts = [first["content"], second["content"]]
-    thoughts = [first.get("thinking", ""), second.get("thinking", "")]
-    calls = first.get("tool_calls", []) + second.get("tool_calls", [])
-    both: OllamaMessage = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
-    if any(thoughts):
-        both["thinking"] = "\n\n".join(filter(None, thoughts))
-    if calls:
-        both["tool_calls"] = calls
-    return both
-
-
-def message_item(item: JSON, path: str, _history: History) -> Iterator[OllamaMessage]:
-    role = OPENAI_ROLES[one_of(item, path + ".role", ("user", "assistant", "system", "developer"))]
-    if item.get("content") is None:
-        raise invalid(path + ".content", "is required")
-    yield openai_content(item, path + ".content", role, RESPONSES_PARTS)
-
-
-def call_item(item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
-    id = required(item, path + ".call_id", str)
-    name = spaced(optional(item, path + ".namespace", str), required(item, path + ".name", str))
-    if item.get("type") == "custom_tool_call":
-        item = {"arguments": {"input": required(item, path + ".input", str)}}
-    yield {"role": "assistant", "content": "", "tool_calls": [
-        openai_earlier_call({**item, "name": name}, path, history, id)]}
-
-
-def output_item(item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
-    place = path + ".call_id"
-    message = openai_content(item, path + ".output", "tool", RESPONSES_PARTS)
-    message["content"] = message["content"] or NO_TEXT
-    message.update(history.result(required(item, place, str), place))
-    yield message
-
-
-def reasoning_item(item: JSON, path: str, _history: History) -> Iterator[OllamaMessage]:
-    """Thoughts, which Codex sends back as they were; what is encrypted stays unread."""
-    texts = [required(part, place + ".text", str) for name in ("summary", "content")
-             for place, part in items(optional(item, f"{path}.{name}", list) or [],
-                                      f"{path}.{name}", dict)]
-    if texts:
-        yield {"role": "assistant", "content": "", "thinking": "\n\n".join(texts)}
-
-
-def tools_item(_item: JSON, _path: str, _history: History) -> Iterator[OllamaMessage]:
-    return iter(())                                            # read by responses_tools
-
-
-def dropped_item(_item: JSON, path: str, history: History) -> Iterator[OllamaMessage]:
-    history.ignored.append(path)
-    return iter(())
-
-
-RESPONSES_ITEMS: Dict[str, Callable[[JSON, str, History], Iterator[OllamaMessage]]] = {
-    "message": message_item, "reasoning": reasoning_item, "additional_tools": tools_item,
-    "function_call": call_item, "function_call_output": output_item,
-    "custom_tool_call": call_item, "custom_tool_call_output": output_item}
-RESPONSES_PARTS: OpenAIParts = {
-    "text": (("system", "user", "assistant", "tool"), text_part),       # what a string is read as
-    "input_text": (("system", "user", "assistant", "tool"), text_part),
-    "output_text": (("assistant", "user", "tool"), text_part),
-    "refusal": (("assistant",), refusal_part),
-    "input_image": (("user", "tool"), image_part)}
-
-
-def spaced(namespace: Optional[str], name: str) -> str:
-    """The name under which the model knows a tool of a namespace."""
-    return name if not namespace or name.startswith(namespace + ".") else f"{namespace}.{name}"
-
-
-def responses_tools(body: JSON, history: History) -> Tuple[List[Tool], Dict[str, JSON]]:
-    """The tools to offer, and what an item that calls one of them begins with, by its name."""
-    tools: List[Tool] = []
-    kinds: Dict[str, JSON] = {}
-
-    def read(values: List[Any], path: str, namespace: str = "") -> None:
-        for place, tool in items(values, path, dict):
-            kind = required(tool, place + ".type", str)
-            if kind == "namespace":
-                name = spaced(namespace, required(tool, place + ".name", str))
-                read(required(tool, place + ".tools", list), place + ".tools", name)
-            elif kind in ("function", "custom"):
-                found = custom_tool(tool, place) if kind == "custom" else openai_tool(tool, place)
-                name = spaced(namespace, found.name)
-                tools.append(found._replace(name=name))
-                kinds[name] = {"type": TOOL_ITEMS[kind], "name": found.name,
-                               **({"namespace": namespace} if namespace else {})}
-            else:                                              # hosted by OpenAI
-                history.ignored.append(place)
-
-    read(optional(body, "tools", list) or [], "tools")
-    for index, item in enumerate(list_of(body.get("input"))):
-        if isinstance(item, dict) and item.get("type") == "additional_tools":
-            path = f"input.{index}.tools"
-            read(required(item, path, list), path)
-    return tools, kinds
-
-
-TOOL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}
-
-
-def custom_tool(tool: JSON, path: str) -> Tool:
-    """A tool that takes a text; its grammar, if it has one, is left to the model to read."""
-    plain = openai_tool({**tool, "parameters": None}, path)
-    form = optional(tool, path + ".format", dict) or {}
-    notes = [plain.description, optional(form, path + ".format.definition", str) or ""]
-    return plain._replace(description="\n\n".join(filter(None, notes)),
-                          schema=object_schema(input={"type": "string"}))
-
-
-def responses_choice(body: JSON, chat: Chat, tools: List[Tool]) -> None:
-    """Offer the tools as tool_choice says, and bind the answer to a schema if one is given."""
-    choice = body.get("tool_choice") or "auto"
-    by_name = {tool.name: tool for tool in tools}
-    by_name.update({chat.kinds[tool.name]["name"]: tool for tool in tools})
-    if isinstance(choice, str):
-        mode = one_of(body if choice != "auto" else {"tool_choice": choice}, "tool_choice",
-                      ("auto", "none", "required"))
-    elif one_of(checked(choice, "tool_choice", dict), "tool_choice.type",
-                ("function", "custom", "allowed_tools")) == "allowed_tools":
-        mode = one_of(choice, "tool_choice.mode", ("auto", "required"))
-        allowed = required(choice, "tool_choice.tools", list)
-        tools = [by_name[one_of(tool, path + ".name", by_name)]
-                 for path, tool in items(allowed, "tool_choice.tools", dict)]
-    else:
-        mode, tools = "required", [by_name[one_of(choice, "tool_choice.name", by_name)]]
-    if mode == "required" and not tools:
-        raise invalid("tool_choice", "is required, but no tool is offered")
-    openai_choice(chat, mode, tools, *responses_format(body))
-
-
-def responses_format(body: JSON) -> Tuple[Optional[JSON], str]:
-    wanted = optional(optional(body, "text", dict) or {}, "text.format", dict) or {"type": "text"}
-    kind = one_of(wanted, "text.format.type", ("text", "json_object", "json_schema"))
-    if kind == "json_schema":
-        return required(wanted, "text.format.schema", dict), "text.format.schema"
-    return ({"type": "object"} if kind == "json_object" else None), "text.format"
-
-
-def responses_usage(finish: Finish) -> JSON:
-    return {"input_tokens": finish.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": finish.cached_tokens or 0,
-                                     "cache_write_tokens": 0},
-            "output_tokens": finish.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": finish.prompt_tokens + finish.completion_tokens}
-
-
-def responses_object(chat: Chat) -> JSON:
-    """A response that has only begun."""
-    return {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()),
-            "status": "in_progress", "model": chat.body["model"], "output": [], "error": None,
-            "incomplete_details": None, "usage": None, "store": False, **chat.echo}
-
-
-def responses_end(output: List[JSON], finish: Finish) -> JSON:
-    """What a response has at its end: of the length that was allowed, it is incomplete."""
-    cut = finish.reason == "length"
-    return {"status": "incomplete" if cut else "completed", "output": output,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": responses_usage(finish)}
-
-
-def responses_item(chat: Chat, kind: type, parts: List[Any], id: str = "") -> JSON:
-    """An item of the output, of all its parts."""
-    if kind is ToolCall:
-        return responses_call(chat, parts[0])
-    text = "".join(part.text for part in parts)
-    if kind is Thinking:
-        return {"id": id or new_id("rs_"), "type": "reasoning",
-                "summary": [{"type": "summary_text", "text": text}]}
-    return {"id": id or new_id("msg_"), "type": "message", "status": "completed",
-            "role": "assistant", "content": [responses_part(text)]}
-
-
-def responses_part(text: str) -> JSON:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def responses_call(chat: Chat, call: ToolCall) -> JSON:
-    kind = chat.kinds.get(call.name, {"type": "function_call", "name": call.name})
-    item = {"id": new_id("fc_"), **kind, "call_id": new_id("call_"), "status": "completed"}
-    if kind["type"] == "function_call":
-        return {**item, "arguments": dumps(call.arguments)}
-    text = call.arguments.get("input")
-    return {**item, "id": new_id("ctc_"),
-            "input": text if isinstance(text, str) else dumps(call.arguments)}
-
-
-def responses_reply(chat: Chat, events: Iterator[Event]) -> JSON:
-    """The response object for a client that does not stream."""
-    parts, finish = collected(events)
-    output = [responses_item(chat, kind, list(run)) for kind, run in runs_of(parts)]
-    return {**responses_object(chat), **responses_end(output, finish)}
-
-
-# For an item of text: the key of its parts, its frames' names, and what else those of a text have.
-TEXT_FRAMES: Dict[type, Tuple[str, str, str, JSON]] = {
-    Text: ("content", "content_part", "output_text", {"logprobs": []}),
-    Thinking: ("summary", "reasoning_summary_part", "reasoning_summary_text", {})}
-
-
-class ResponseStream:
-    """The frames of one streamed response, which are numbered throughout."""
-
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
-        self.number = 0
-        self.response = responses_object(chat)
-
-    def frame(self, kind: str, **fields: Any) -> bytes:
-        data = {"type": "response." + kind, "sequence_number": self.number, **fields}
-        self.number += 1
-        return sse(data)
-
-    def opening(self) -> bytes:
-        created = self.frame("created", response=self.response) if not self.number else b""
-        return created + self.frame("in_progress", response=self.response)
-
-    def pings(self) -> Iterator[bytes]:
+        chunks += 1
+        if not isinstance(event, Text):
+            if held != Text(""):
+                yield held
+            held = Text("")
+            yield event
+            continue
+        held += event
+        start, stop = first_stop(held.text, stops)
+        if start:
+            ready, held = held.split(start)
+            yield ready
+        if stop is not None:
+            yield Finish("stop_sequence", prompt_tokens, chunks, stop)
+            return
+
+
+def first_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
+    """Where the text ends that may go out, and the stop text that begins there, if it is complete.
+
+    The one that ends first wins, so that the result does not depend on how the text arrives."""
+    found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
+    if found:
+        return min(found)[1:]
+    longest = min(len(text), max(map(len, stops)) - 1)
+    for length in range(longest, 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return len(text) - length, None
+    return len(text), None
+
+
+class Client(Protocol):
+    """What the upstream needs of the client that it works for."""
+    sock: socket.socket
+    quiet_since: float                 # when it was last sent something, or pinged
+
+    def flush(self) -> None:
+        """Send what is pending; ClientLeft if it cannot be sent."""
+
+    def ping(self) -> None:
+        """Show that the answer is still being worked on."""
+
+    def heard(self) -> bool:
+        """Take what it sends early; False if that is enough. ClientLeft if it is the end."""
+
+
+# Cheaper to make than epoll or kqueue, and unlike select without a limit of 1,024 descriptors.
+Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)     # none on Windows
+
+
+def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) -> T:
+    """The result of a call on a socket that does not block, made again after each wait for `event`.
+
+    A socket with a timeout would be asked whether it is ready before each call: twice the calls for
+    each token, and at each of them another thread may take the interpreter."""
+    while True:
+        try:
+            return act()
+        except BlockingIOError:
+            wanted = event
+        except ssl.SSLWantReadError:             # TLS may have to read to write, and vice versa
+            wanted = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            wanted = selectors.EVENT_WRITE
+        wait(wanted)
+
+
+def send_all(sock: socket.socket, data: Union[bytes, bytearray],
+             wait: Callable[[int], None]) -> None:
+    """As sendall, but each wait is for progress alone, and the caller's."""
+    view = memoryview(data)
+    while view:
+        view = view[when_ready(functools.partial(sock.send, view), wait, selectors.EVENT_WRITE):]
+
+
+class Upstream(io.RawIOBase):
+    """The bytes that Ollama sends, for http.client to parse. Owns the real socket."""
+
+    def __init__(self, sock: socket.socket, client: Client, ping: float, give_up: float) -> None:
+        self.sock, self.client, self.ping, self.give_up = sock, client, ping, give_up
+        sock.setblocking(False)
+        self.selector = Selector()
+        self.selector.register(sock, selectors.EVENT_READ)
+        self.selector.register(client.sock, selectors.EVENT_READ)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.held():                      # to try first would be a call more for each token
+            self.wait(selectors.EVENT_READ)
+        return when_ready(functools.partial(self.sock.recv_into, buffer), self.wait,
+                          selectors.EVENT_READ)
+
+    def held(self) -> int:
+        """How many bytes TLS has decrypted already, for which no socket becomes readable."""
+        return self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
+
+    def wait(self, event: int) -> None:
+        """Return when Ollama has sent something, or takes more; serve the client meanwhile."""
+        self.client.flush()
+        self.selector.modify(self.sock, event)
         while True:
-            yield self.opening()
+            now = time.monotonic()
+            if now >= self.give_up:
+                raise TimeoutError("no answer in time")
+            ping_at = self.client.quiet_since + self.ping
+            if now >= ping_at:
+                self.client.ping()
+                continue
+            ready = {key.fileobj for key, _ in
+                     self.selector.select(min(ping_at, self.give_up) - now)}
+            if self.client.sock in ready and not self.client.heard():
+                self.selector.unregister(self.client.sock)
+            if self.sock in ready:
+                return
 
-    def frames(self, events: Iterator[Event]) -> Iterator[bytes]:
-        """All of them. Once one is out, also a ping, a failure is a frame as well."""
-        try:
-            events = begun(events)
-            yield self.opening()
-            yield from self.items(events)
-        except APIError as error:
-            if not self.number:
-                raise
-            told = openai_error(error, "")["error"]
-            yield self.frame("failed", response={**self.response, "status": "failed", "error": {
-                "code": told["code"] or "server_error", "message": told["message"]}})
-
-    def items(self, events: Iterator[Event]) -> Iterator[bytes]:
-        output: List[JSON] = []
-        for index, (kind, run) in enumerate(runs_of(events)):
-            if kind is Finish:
-                end = responses_end(output, next(run))
-                yield self.frame(end["status"], response={**self.response, **end})
-            else:
-                frames = self.call(index, run) if kind is ToolCall else self.text(index, kind, run)
-                output.append((yield from frames))
-
-    def text(self, index: int, kind: type,
-             run: Iterator[Union[Text, Thinking]]) -> Generator[bytes, None, JSON]:
-        parts_key, part_frames, text_frames, more = TEXT_FRAMES[kind]
-        item = responses_item(self.chat, kind, [])
-        place = {"item_id": item["id"], "output_index": index, parts_key + "_index": 0}
-        status = {"status": "in_progress"} if "status" in item else {}
-        yield self.frame("output_item.added", output_index=index,
-                         item={**item, **status, parts_key: []})
-        yield self.frame(part_frames + ".added", **place, part=item[parts_key][0])
-        parts = []
-        for part in run:
-            parts.append(part)
-            yield self.frame(text_frames + ".delta", **place, delta=part.text, **more)
-        item = responses_item(self.chat, kind, parts, item["id"])
-        whole_part = item[parts_key][0]
-        yield self.frame(text_frames + ".done", **place, text=whole_part["text"], **more)
-        yield self.frame(part_frames + ".done", **place, part=whole_part)
-        yield self.frame("output_item.done", output_index=index, item=item)
-        return item
-
-    def call(self, index: int, run: Iterator[ToolCall]) -> Generator[bytes, None, JSON]:
-        item = responses_item(self.chat, ToolCall, list(run))
-        word = "arguments" if "arguments" in item else "input"
-        kind = "function_call_arguments" if word == "arguments" else "custom_tool_call_input"
-        place = {"item_id": item["id"], "output_index": index}
-        yield self.frame("output_item.added", output_index=index,
-                         item={**item, "status": "in_progress", word: ""})
-        yield self.frame(kind + ".delta", **place, delta=item[word])
-        yield self.frame(kind + ".done", **place, **{word: item[word]})
-        yield self.frame("output_item.done", output_index=index, item=item)
-        return item
+    def close(self) -> None:
+        if not self.closed:
+            self.selector.close()
+            self.sock.close()
+        super().close()
 
 
-def responses(ollama: Ollama, request: Request) -> Answer:
-    """POST /v1/responses"""
-    chat = responses_request(request.body)
-    stream = ResponseStream(chat)
-    return ollama.answer(chat, responses_reply, lambda _, events: stream.frames(events),
-                         stream.pings())
+class UpstreamSocket:
+    """What http.client takes for the socket. urllib closes it as soon as it has the head, while the
+    body is still to come, and half-closing would tell Ollama that we left: so `close` is empty."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.request = bytearray()
+
+    def sendall(self, data: bytes) -> None:
+        self.request += data                          # the head comes first, and alone
+
+    def send(self) -> None:
+        """Send the request. If Ollama cuts it off, it may have said why: reading will tell."""
+        with contextlib.suppress(ConnectionError):
+            send_all(self.upstream.sock, self.request, self.upstream.wait)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self.upstream, 64 * 1024)
+
+    def close(self) -> None:
+        pass
 
 
-# ---- Models and health ---------------------------------------------------------------------------
-# One model object satisfies both SDKs. Anthropic's needs has_more: false, or it asks for ever;
-# OpenAI's clients break on `data: null`. Sizes and capabilities are passed on where Ollama tells
-# them (0.30 and later).
-
-def model_object(model: JSON) -> JSON:
-    """A model of /api/tags, with the keys of OpenAI's model object and of Anthropic's."""
-    name = model_name(model)
-    modified = timestamp(told(model, "modified_at", ""))
-    owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
-    answer = {"id": name, "object": "model", "created": int(modified.timestamp()),
-              "owned_by": owner, "type": "model", "display_name": name,
-              "created_at": modified.strftime("%Y-%m-%dT%H:%M:%SZ")}
-    context = told(told(model, "details", {}), "context_length", 0)
-    if context:
-        answer.update(context_length=context, max_input_tokens=context)
-    abilities: List[Any] = told(model, "capabilities", [])
-    return {**answer, "capabilities": abilities} if abilities else answer
+Watch = Callable[[socket.socket], UpstreamSocket]
 
 
-def timestamp(text: str) -> datetime:
-    """Go's RFC 3339, whose nine decimals and Z Python before 3.11 does not read."""
-    match = re.match(r"(\d+-\d+-\d+T\d+:\d+:\d+)(?:\.\d+)?(?:Z|([+-]\d+:\d+))?$", text)
-    try:
-        when = datetime.fromisoformat(match[1] + (match[2] or "+00:00") if match else text)
-        return when.astimezone(timezone.utc)
-    except (ValueError, OverflowError):
-        return datetime.fromtimestamp(0, timezone.utc)
+class UpstreamConnection(http.client.HTTPConnection):
+    def __init__(self, watch: Watch, host: str, **how: Any) -> None:
+        super().__init__(host, **how)
+        self.watch = watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self.watched = self.watch(self.sock)
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        self.watched.send()
+        return super().getresponse()
 
 
-def page(found: List[JSON], query: Mapping[str, str]) -> Tuple[List[JSON], bool]:
-    """What limit, after_id and before_id ask for, and whether there is more in that direction."""
-    ids = [model["id"] for model in found]
-    if not re.fullmatch("[1-9][0-9]{0,2}|1000", query.get("limit", "1")):
-        raise invalid("limit", "must be between 1 and 1000")
-    limit = int(query.get("limit", len(ids)))
-    for name in {"after_id", "before_id"} & query.keys():
-        if query[name] not in ids:
-            raise invalid(name, "must be the id of a model")
-    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
-    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
-    if "before_id" in query:
-        first = max(start, end - limit)
-        return found[first:end], first > start
-    return found[start:start + limit], start + limit < end
+class UpstreamTLSConnection(UpstreamConnection, http.client.HTTPSConnection):
+    pass
 
 
-def models(ollama: Ollama, request: Request) -> Answer:
-    """GET /v1/models: all of them, or a page as Anthropic's clients may ask for"""
-    data, more = page([model_object(model) for model in ollama.models()], request.query)
-    return Answer({"object": "list", "data": data, "has_more": more,
-                   "first_id": data[0]["id"] if data else None,
-                   "last_id": data[-1]["id"] if data else None})
+class UpstreamRequest(urllib.request.Request):
+    def __init__(self, url: str, body: Optional[Mapping[str, Any]], key: str, watch: Watch) -> None:
+        super().__init__(url, None if body is None else dumps(body).encode())
+        self.watch = watch
+        self.add_header("Content-Type", "application/json")
+        if key and self.type == "https":
+            self.add_header("Authorization", "Bearer " + key)
 
 
-def one_model(ollama: Ollama, request: Request) -> Answer:
-    """GET /v1/models/{id}, by any name that a request may use"""
-    name = request.argument
-    return Answer({**model_object(ollama.model(name)), "id": name})
+class UpstreamHandler(urllib.request.AbstractHTTPHandler):
+    def http_open(self, request: UpstreamRequest) -> http.client.HTTPResponse:
+        return self.do_open(functools.partial(UpstreamConnection, request.watch), request)
+
+    def https_open(self, request: UpstreamRequest) -> http.client.HTTPResponse:
+        return self.do_open(functools.partial(UpstreamTLSConnection, request.watch), request)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
-def health(ollama: Ollama, _request: Request) -> Answer:
-    """GET /health: whether Ollama answers, within two seconds"""
-    told: JSON = {"ollama": ollama.config.ollama}
-    try:
-        version = ollama.get("/api/version", ollama.config.health_seconds).get("version")
-    except APIError as error:
-        return Answer({"status": "unavailable", **told, "error": error.message}, status=503)
-    return Answer({"status": "ok", **told, "version": version})
-
-
-def ollama_version(ollama: Ollama, _request: Request) -> Answer:
-    """GET /api/version, as Ollama has it"""
-    return Answer(ollama.get("/api/version"))
-
-
-def ollama_tags(ollama: Ollama, _request: Request) -> Answer:
-    """GET /api/tags, as Ollama has it"""
-    return Answer(ollama.get("/api/tags"))
-
-
-def about(ollama: Ollama, _request: Request) -> Answer:
-    """GET /"""
-    return Answer({"name": "ollama_api.py", "version": __version__, "ollama": ollama.config.ollama,
-                   "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
-
-
-# ---- Routes --------------------------------------------------------------------------------------
-# The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so a
-# request's path is compared without its leading /v1 segments, however many, and without a trailing
-# slash. {id} is the rest of the path, unquoted: model names may contain slashes. HEAD is GET.
-
-Wording = Callable[[APIError, str], JSON]
-
-
-class Route(NamedTuple):
-    method: str                          # GET or POST
-    path: str
-    endpoint: Callable[[Ollama, Request], Answer]
-    error: Optional[Wording] = None      # None: by the anthropic-version header
-
-
-ROUTES = (
-    Route("POST", "/v1/messages", messages, messages_error),
-    Route("POST", "/v1/messages/count_tokens", count_tokens, messages_error),
-    Route("POST", "/v1/chat/completions", chat_completions, openai_error),
-    Route("POST", "/v1/completions", completions, openai_error),
-    Route("POST", "/v1/embeddings", embeddings, openai_error),
-    Route("POST", "/v1/responses", responses, openai_error),
-    Route("GET", "/v1/models", models),
-    Route("GET", "/v1/models/{id}", one_model),
-    Route("GET", "/api/version", ollama_version),
-    Route("GET", "/api/tags", ollama_tags),
-    Route("GET", "/health", health),
-    Route("GET", "/", about))
-
-
-def bare(path: str) -> str:
-    return re.sub(r"^(/+v1(?=/|$))+", "", path).rstrip("/")
-
-
-PATTERNS = tuple((re.compile(re.escape(bare(route.path)).replace(re.escape("{id}"), "(.+)")), route)
-                 for route in ROUTES)
-
-
-def routes_for(path: str) -> List[Tuple[Route, str]]:
-    """The rows that have this path, one for each method, and what stands for {id} in it."""
-    plain = bare(path)
-    matches = ((pattern.fullmatch(plain), route) for pattern, route in PATTERNS)
-    return [(route, urllib.parse.unquote(match[1] if match.groups() else ""))
-            for match, route in matches if match]
-
-
-def allowed_methods(path: str) -> str:
-    methods = {route.method for route, _ in routes_for(path)}
-    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
-
-
-def find_route(request: Request) -> Tuple[Route, str]:
-    found = routes_for(request.path)
-    if not found:
-        raise APIError(404, f"There is no {dumps(request.path)} here; GET / lists what there is.")
-    for route, argument in found:
-        if route.method == request.method or (route.method, request.method) == ("GET", "HEAD"):
-            return route, argument
-    raise APIError(405, f"{request.method} does not go with {request.path} here; "
-                        f"it takes {allowed_methods(request.path)}.")
-
-
-def wording_for(request: Request) -> Wording:
-    """The dialect in which a client is told of an error, on unknown paths too."""
-    for route, _ in routes_for(request.path):
-        if route.error:
-            return route.error
-    anthropic = "anthropic-version" in request.headers or bare(request.path).startswith("/messages")
-    return messages_error if anthropic else openai_error
+# Without build_opener's handlers: no proxy, no redirect, and every status comes back as an answer.
+OPENER = urllib.request.OpenerDirector()
+OPENER.add_handler(UpstreamHandler())
 
 
 # ---- HTTP server ---------------------------------------------------------------------------------
@@ -3215,6 +3236,17 @@ def parse_body(data: bytes, depth: int) -> JSON:
     if not isinstance(body, dict):
         raise APIError(400, f"The body must be a JSON object, not {kind_of(body)}.")
     return body
+
+
+def linger(sock: socket.socket, config: Config) -> None:
+    """Close so that a refusal arrives: closing over unread bytes would reset the connection."""
+    incoming = Incoming(sock)
+    with contextlib.suppress(OSError, APIError, ClientLeft):
+        sock.shutdown(socket.SHUT_WR)
+        incoming.within(config.linger_seconds)
+        for _ in range(512):                     # times 64 KB
+            incoming.receive()
+            incoming.buffer.clear()
 
 
 def is_loopback(host: str) -> bool:
@@ -3456,6 +3488,30 @@ class Exchange:
         return " ".join([*words, f"total={now - self.began:.2f}s"])
 
 
+def put(stream: str, text: str) -> None:
+    """Write a line to stdout or stderr, in one go; if that is closed or absent, nothing happens."""
+    file = getattr(sys, stream)
+    try:
+        if file is not None:
+            file.write(text + "\n")
+            file.flush()
+    except BrokenPipeError:
+        setattr(sys, stream, None)               # or what is left in it fails at exit: status 120
+    except (OSError, ValueError):
+        pass
+
+
+def log(text: str) -> None:
+    """A line to stderr, control bytes escaped."""
+    safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    put("stderr", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}")
+
+
+def log_traceback() -> None:
+    for line in traceback.format_exc().splitlines():
+        log(line)
+
+
 class Connection(socketserver.BaseRequestHandler):
     """One client's connection: its requests, one after the other."""
     server: Server
@@ -3467,17 +3523,6 @@ class Connection(socketserver.BaseRequestHandler):
         incoming = Incoming(sock)
         while incoming.begins(config.idle_seconds) and Exchange(self.server, incoming).run():
             pass
-
-
-def linger(sock: socket.socket, config: Config) -> None:
-    """Close so that a refusal arrives: closing over unread bytes would reset the connection."""
-    incoming = Incoming(sock)
-    with contextlib.suppress(OSError, APIError, ClientLeft):
-        sock.shutdown(socket.SHUT_WR)
-        incoming.within(config.linger_seconds)
-        for _ in range(512):                     # times 64 KB
-            incoming.receive()
-            incoming.buffer.clear()
 
 
 def tls_context(config: Config) -> Optional[ssl.SSLContext]:
@@ -3582,30 +3627,6 @@ class Server(http.server.ThreadingHTTPServer):
             self.ended.wait_for(lambda: not self.running, self.config.grace_seconds)
 
 
-def put(stream: str, text: str) -> None:
-    """Write a line to stdout or stderr, in one go; if that is closed or absent, nothing happens."""
-    file = getattr(sys, stream)
-    try:
-        if file is not None:
-            file.write(text + "\n")
-            file.flush()
-    except BrokenPipeError:
-        setattr(sys, stream, None)               # or what is left in it fails at exit: status 120
-    except (OSError, ValueError):
-        pass
-
-
-def log(text: str) -> None:
-    """A line to stderr, control bytes escaped."""
-    safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
-    put("stderr", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}")
-
-
-def log_traceback() -> None:
-    for line in traceback.format_exc().splitlines():
-        log(line)
-
-
 # ---- Demo ----------------------------------------------------------------------------------------
 # `--demo` starts a stand-in for Ollama on a free port of this machine and points the server at it,
 # so that the whole real path runs. It speaks the native wire as 0.32 does, and says what it is.
@@ -3705,6 +3726,12 @@ def start_demo(config: Config) -> Config:
 # command line overrides the environment, and that the default. The variable of an option that may
 # be repeated has commas between its values.
 
+EPILOG = """Each option is an environment variable as well: OLLAMA_API_PORT for --port, and so on;
+but OLLAMA_HOST for --ollama, and OLLAMA_API_SERVER_KEY for --api-key. Several values have commas
+between them; 1, true, yes and on mean that a switch is on. The command line overrides them.
+OLLAMA_API_KEY is the key that is sent to an Ollama behind https."""
+
+
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The configuration that was asked for; exits, with a line that says why, when it is wrong."""
     parser = argparse.ArgumentParser(
@@ -3730,12 +3757,6 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         parser.error(str(error))
     except OSError as error:                     # so is ssl.SSLError
         parser.error(f"--tls-cert, --tls-key: cannot be used: {error}")
-
-
-EPILOG = """Each option is an environment variable as well: OLLAMA_API_PORT for --port, and so on;
-but OLLAMA_HOST for --ollama, and OLLAMA_API_SERVER_KEY for --api-key. Several values have commas
-between them; 1, true, yes and on mean that a switch is on. The command line overrides them.
-OLLAMA_API_KEY is the key that is sent to an Ollama behind https."""
 
 
 class Repeated(argparse.Action):
@@ -3799,25 +3820,40 @@ def ollama_url(text: str) -> str:
     return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
-class Nobody:
-    """The client for whom the banner asks: it neither leaves nor waits for anything."""
-    quiet_since = float("inf")
+def main() -> int:
+    config = parse_args(sys.argv[1:], os.environ)
+    allow_many_sockets()
+    if config.demo:
+        config = start_demo(config)
+    try:
+        server = Server(config)
+    except OSError as error:
+        print(f"ollama_api.py: cannot listen on {config.host} port {config.port}: {error}",
+              file=sys.stderr)
+        return 1
+    sys.setswitchinterval(0.02)      # each thread that waits for the interpreter wakes that often
+    return work(server) if config.workers == 1 else supervise(server)
 
-    def __init__(self) -> None:
-        self.sock, self.other = socket.socketpair()
 
-    def close(self) -> None:
-        self.sock.close()
-        self.other.close()
-
-    def flush(self) -> None:
-        pass
-
-    def ping(self) -> None:
-        pass
-
-    def heard(self) -> bool:
-        return False
+def work(server: Server, parent: Optional[int] = None) -> int:
+    """Serve until a signal comes, or `parent`, whose worker this is, has gone; then let what runs
+    end. The exit status."""
+    ends = (signal.SIGINT, signal.SIGTERM) if parent is None else (signal.SIGUSR1,)
+    try:
+        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
+        signal.signal(ends[-1], signal.default_int_handler)      # SIGINT has it, if not ignored
+        if parent is None:
+            put("stdout", banner(server))
+        # Not in serve_forever, where the exception would fall upon a new connection; and not in one
+        # long sleep, which a signal that another thread gets does not end.
+        while parent is None or os.getppid() == parent:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        for number in ends:                      # a second one ends the process at once
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+    server.drain()
+    return 0
 
 
 def banner(server: Server) -> str:
@@ -3842,6 +3878,27 @@ def banner(server: Server) -> str:
     return "\n".join(lines)
 
 
+class Nobody:
+    """The client for whom the banner asks: it neither leaves nor waits for anything."""
+    quiet_since = float("inf")
+
+    def __init__(self) -> None:
+        self.sock, self.other = socket.socketpair()
+
+    def close(self) -> None:
+        self.sock.close()
+        self.other.close()
+
+    def flush(self) -> None:
+        pass
+
+    def ping(self) -> None:
+        pass
+
+    def heard(self) -> bool:
+        return False
+
+
 def allow_many_sockets() -> None:
     """Raise this process's own limit of open files (256 on macOS, 1,024 on most Linux)."""
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -3850,27 +3907,6 @@ def allow_many_sockets() -> None:
         most = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def work(server: Server, parent: Optional[int] = None) -> int:
-    """Serve until a signal comes, or `parent`, whose worker this is, has gone; then let what runs
-    end. The exit status."""
-    ends = (signal.SIGINT, signal.SIGTERM) if parent is None else (signal.SIGUSR1,)
-    try:
-        threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-        signal.signal(ends[-1], signal.default_int_handler)      # SIGINT has it, if not ignored
-        if parent is None:
-            put("stdout", banner(server))
-        # Not in serve_forever, where the exception would fall upon a new connection; and not in one
-        # long sleep, which a signal that another thread gets does not end.
-        while parent is None or os.getppid() == parent:
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        for number in ends:                      # a second one ends the process at once
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-    server.drain()
-    return 0
 
 
 def be_worker(server: Server, parent: int) -> NoReturn:
@@ -3933,21 +3969,6 @@ def supervise(server: Server) -> int:
                 time.sleep(0.02)
                 ended(workers)
     return 0
-
-
-def main() -> int:
-    config = parse_args(sys.argv[1:], os.environ)
-    allow_many_sockets()
-    if config.demo:
-        config = start_demo(config)
-    try:
-        server = Server(config)
-    except OSError as error:
-        print(f"ollama_api.py: cannot listen on {config.host} port {config.port}: {error}",
-              file=sys.stderr)
-        return 1
-    sys.setswitchinterval(0.02)      # each thread that waits for the interpreter wakes that often
-    return work(server) if config.workers == 1 else supervise(server)
 
 
 if __name__ == "__main__":
