@@ -129,8 +129,6 @@ class Config:
                           metavar="FILE")
     insecure: bool = option(False, "allow an address that others can reach without an --api-key",
                             action="store_true")
-    workers: int = option(1, "processes that share the port: more than one helps where a hundred "
-                             "streams run at a time; not on Windows", type=int, metavar="N")
     demo: bool = option(False, "start a stand-in Ollama that repeats what it is told",
                         action="store_true")
 
@@ -3795,9 +3793,6 @@ def checked_config(config: Config) -> Config:
             (all(key.strip() == key != "" for key in config.api_key),
              "--api-key: must not be empty, nor begin or end with a blank"),
             (config.tls_cert or not config.tls_key, "--tls-key: needs a --tls-cert"),
-            (1 <= config.workers <= 64, "--workers: must be between 1 and 64"),
-            (config.workers == 1 or hasattr(os, "fork"), "--workers: Windows cannot share a port"),
-            (config.workers == 1 or not config.demo, "--workers: cannot go with --demo"),
             (is_loopback(config.host) or config.api_key or config.insecure,
              f"--host: {config.host} can be reached by others: add an --api-key, or --insecure")):
         if not ok:
@@ -3832,28 +3827,25 @@ def main() -> int:
               file=sys.stderr)
         return 1
     sys.setswitchinterval(0.02)      # each thread that waits for the interpreter wakes that often
-    return work(server) if config.workers == 1 else supervise(server)
+    work(server)
+    return 0
 
 
-def work(server: Server, parent: Optional[int] = None) -> int:
-    """Serve until a signal comes, or `parent`, whose worker this is, has gone; then let what runs
-    end. The exit status."""
-    ends = (signal.SIGINT, signal.SIGTERM) if parent is None else (signal.SIGUSR1,)
+def work(server: Server) -> None:
+    """Serve until a signal comes, then let what runs end. A second signal ends the process."""
     try:
         threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-        signal.signal(ends[-1], signal.default_int_handler)      # SIGINT has it, if not ignored
-        if parent is None:
-            put("stdout", banner(server))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)    # SIGINT has it, if not ignored
+        put("stdout", banner(server))
         # Not in serve_forever, where the exception would fall upon a new connection; and not in one
         # long sleep, which a signal that another thread gets does not end.
-        while parent is None or os.getppid() == parent:
+        while True:
             time.sleep(0.2)
     except KeyboardInterrupt:
-        for number in ends:                      # a second one ends the process at once
+        for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
     server.drain()
-    return 0
 
 
 def banner(server: Server) -> str:
@@ -3907,68 +3899,6 @@ def allow_many_sockets() -> None:
         most = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def be_worker(server: Server, parent: int) -> NoReturn:
-    """Serve in a process of its own. SIGINT and SIGTERM stay blocked in it: terminals and service
-    managers send them to all processes, and the parent passes them on, once."""
-    try:
-        os._exit(work(server, parent))
-    except Exception:
-        log_traceback()
-    finally:
-        os._exit(1)                              # never on into what the parent does
-
-
-def start_workers(server: Server, workers: Set[int]) -> None:
-    """Fork as many processes as are missing."""
-    parent, signals = os.getpid(), (signal.SIGINT, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        while len(workers) < server.config.workers:
-            child = os.fork()
-            if child == 0:
-                be_worker(server, parent)
-            workers.add(child)
-    except OSError as error:
-        log(f"a worker cannot be started: {error}")
-        time.sleep(1)                            # and then the caller tries again
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-
-
-def ended(workers: Set[int]) -> List[int]:
-    """Those that have ended since, which are taken out."""
-    found = [child for child in workers if os.waitpid(child, os.WNOHANG)[0]]
-    workers.difference_update(found)
-    return found
-
-
-def supervise(server: Server) -> int:
-    """Keep --workers processes serving, which accept from one socket; the exit status."""
-    workers: Set[int] = set()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # or, ignored, nobody is told of an end
-    try:
-        start_workers(server, workers)
-        put("stdout", banner(server))
-        while True:
-            time.sleep(0.2)
-            for child in ended(workers):
-                log(f"worker {child} has ended; another one takes its place")
-            start_workers(server, workers)
-    except KeyboardInterrupt:
-        pass
-    for number in (signal.SIGUSR1, signal.SIGKILL):      # the second at a second signal, or for
-        with contextlib.suppress(KeyboardInterrupt):     # those that do not heed the first
-            server.server_close()
-            for child in workers:
-                os.kill(child, number)
-            give_up = time.monotonic() + server.config.grace_seconds + 2
-            while workers and time.monotonic() < give_up:
-                time.sleep(0.02)
-                ended(workers)
-    return 0
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import ollama_api
@@ -4590,122 +4590,6 @@ class Process(ProcessCase):
             self.assertEqual(process.wait(2), -signal.SIGTERM)
 
 
-@unittest.skipUnless(os.path.exists("/proc/self/task"), "there is no /proc to look into")
-class Workers(ProcessCase):
-    """Several processes behind one port."""
-
-    def setUp(self) -> None:
-        self.ollama = self.scripted()
-        self.ollama.forever = lambda body: Script()
-        ignored = ("sh", "-c", 'trap "" CHLD; exec "$0" "$@"', *COMMAND)     # as some parents do
-        self.process, banner, self.port = self.start("--workers", "2", "--ollama", self.ollama.url,
-                                                     command=ignored)
-        self.assertIn("plain:latest", banner[1])
-        self.first = self.workers()
-        self.addCleanup(self.end)
-
-    def end(self) -> None:
-        left = {*self.first, *(self.workers() if self.process.poll() is None else ())}
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE)
-        self.kill(*left)
-
-    def kill(self, *processes: int, number: int = 9) -> None:
-        for pid in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def workers(self) -> List[int]:
-        return children(self.process.pid)
-
-    def streams(self, script: Script, count: int) -> List[Stream]:
-        """So many that the first token of each has come; they are ended by the script's event."""
-        self.ollama.forever = lambda body: script
-        found = []
-        for _ in range(count):
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-            self.addCleanup(connection.close)
-            connection.request("POST", CHAT, json.dumps({"messages": USER}))
-            found.append(Stream(connection))
-        for stream in found:
-            stream.until(b"The")
-        return found
-
-    def test_a_worker_that_dies_is_replaced_and_the_others_serve_meanwhile(self) -> None:
-        self.assertEqual(len(self.first), 2)
-        for victim in self.first:
-            self.replaced(victim)
-        self.assertEqual(set(self.workers()) & set(self.first), set())
-
-    def replaced(self, victim: int) -> None:
-        os.kill(victim, signal.SIGKILL)
-        for _ in range(20):
-            self.assertIn(b"[DONE]", self.whole_reply())
-        self.eventually(lambda: len(set(self.workers()) - {victim}) == 2)
-
-    def whole_reply(self) -> bytes:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            sock.sendall(said("good"))
-            return b"".join(iter(lambda: sock.recv(65536), b""))
-
-    def test_a_signal_to_the_parent_or_to_all_lets_all_streams_end(self) -> None:
-        for everybody in (False, True):          # as a service manager may do
-            gate = threading.Event()
-            streams = self.streams(Script([content("The"), gate, done()]), 8)
-            self.kill(self.process.pid, *(self.workers() * everybody), number=signal.SIGTERM)
-            self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
-            gate.set()
-            for stream in streams:
-                stream.until(b"[DONE]")
-            self.assertEqual(self.process.wait(PATIENCE), 0)
-            self.setUp()
-
-    def test_a_worker_that_is_stopped_does_not_keep_the_others_from_ending(self) -> None:
-        self.kill(self.first[0], number=signal.SIGSTOP)
-        self.process.send_signal(signal.SIGTERM)
-        self.eventually(lambda: self.workers() == self.first[:1])
-        self.process.send_signal(signal.SIGTERM)
-        self.assertEqual(self.process.wait(2), 0)
-
-    def test_a_worker_that_cannot_be_forked_is_tried_again(self) -> None:
-        server = mock.Mock(config=Config(workers=2))
-        with mock.patch("os.fork", side_effect=[7, OSError("no more")]), mock.patch("time.sleep"), \
-                mock.patch.object(ollama_api, "log") as log:
-            workers: Set[int] = set()
-            ollama_api.start_workers(server, workers)
-        self.assertEqual(workers, {7})
-        self.assertIn("no more", str(log.call_args))
-
-    def test_a_second_signal_is_passed_on_too_and_ends_all_at_once(self) -> None:
-        stream, = self.streams(Script([content("The"), threading.Event()]), 1)
-        self.process.send_signal(signal.SIGTERM)
-        self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
-        self.process.send_signal(signal.SIGTERM)
-        self.assertEqual(self.process.wait(2), 0)
-        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
-            stream.reply()
-
-    def test_a_ctrl_c_that_all_processes_get_lets_streams_end_and_a_second_ends_them(self) -> None:
-        gate = threading.Event()
-        stream, = self.streams(Script([content("The"), gate, content(" sky"), threading.Event()]), 1)
-        group = [self.process.pid, *self.workers()]
-        self.kill(*group, number=signal.SIGINT)        # as a terminal does
-        self.assertTrue(refused("127.0.0.1", self.port), "it still accepts")
-        gate.set()
-        stream.until(b" sky")
-        self.kill(*group, number=signal.SIGINT)
-        self.process.wait(2)
-        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
-            stream.reply()
-
-    def test_workers_do_not_outlive_a_parent_that_is_killed(self) -> None:
-        self.assertIn(b"[DONE]", self.whole_reply())
-        self.process.kill()
-        self.process.wait()
-        self.assertTrue(refused("127.0.0.1", self.port), "somebody still accepts")
-
-
 def said(words: str, stream: bool = True) -> bytes:
     return post({"messages": [{"role": "user", "content": words}], "stream": stream},
                 b"Connection: close\r\n")
@@ -4817,8 +4701,7 @@ class CommandLine(unittest.TestCase):
     def test_what_is_wrong_is_said_in_a_line_and_names_the_option(self) -> None:
         for argv, name in ((["--port", "x"], "--port"), (["--port", "65536"], "--port"),
                            (["--ping", "0"], "--ping"), (["--ollama", "ftp://a"], "--ollama"),
-                           (["--ping", "inf"], "--ping"), (["--workers", "0"], "--workers"),
-                           (["--workers", "2", "--demo"], "--workers"),
+                           (["--ping", "inf"], "--ping"),
                            (["--alias", "a"], "--alias"), (["--num-ctx", "0"], "--num-ctx"),
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
                            (["--default-stream", "x"], "--default-stream"),
@@ -5807,26 +5690,20 @@ class Target:
         return (f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
                 f"\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
 
-    def processes(self) -> List[str]:
-        """The server's folders in /proc, those of its workers too; none where there is no /proc."""
+    def told(self, name: str) -> str:
+        """What /proc says of the server; nothing where there is none, or no server."""
         with contextlib.suppress(OSError):
-            return [f"/proc/{pid}" for pid in (self.pid, *children(self.pid))]
-        return []
+            return Path(f"/proc/{self.pid}/{name}").read_text()
+        return ""
 
     def cpu(self) -> float:
         """Seconds of processor time so far."""
-        found = [Path(folder, "stat").read_text().rpartition(")")[2].split()[11:13]
-                 for folder in self.processes()]
-        return sum(int(ticks) for pair in found for ticks in pair) / os.sysconf("SC_CLK_TCK")
+        ticks = self.told("stat").rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
         """Megabytes now."""
-        found = [Path(folder, "status").read_text() for folder in self.processes()]
-        return sum(int(text.partition("VmRSS:")[2].split()[0]) for text in found) / 1024
-
-
-def children(pid: int) -> List[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return int((self.told("status").partition("VmRSS:")[2].split() or "0")[0]) / 1024
 
 
 def answered(sock: socket.socket, request: bytes) -> Tuple[float, float]:
@@ -6018,10 +5895,6 @@ def bench(seconds: float) -> int:
         started = [ollama, process]
         targets = [Target("direct", lean, "/api/chat"), chat,
                    dataclasses.replace(chat, name="messages", path=MESSAGES)]
-        if hasattr(os, "fork"):
-            process, chat, _ = first_answer((*command, "--workers", "2"))
-            started.append(process)
-            targets.append(dataclasses.replace(chat, name="chat, 2 workers"))
         rounds = Bench(targets, seconds)
         rounds.run()
         for each in started:
