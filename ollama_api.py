@@ -248,7 +248,6 @@ class Request:
     path: str                          # without the query, still percent-encoded
     headers: Dict[str, str]
     version: str = "1.1"
-    query: Dict[str, str] = dataclasses.field(default_factory=dict)
     body: JSON = dataclasses.field(default_factory=dict)
     argument: str = ""                 # what stands for {id} in the route's path
 
@@ -1809,29 +1808,12 @@ class ResponseStream:
 # OpenAI's clients break on `data: null`. Sizes and capabilities are passed on where Ollama tells
 # them (0.30 and later).
 
-def models(ollama: Ollama, request: Request) -> Answer:
-    """GET /v1/models: all of them, or a page as Anthropic's clients may ask for"""
-    data, more = page([model_object(model) for model in ollama.models()], request.query)
-    return Answer({"object": "list", "data": data, "has_more": more,
+def models(ollama: Ollama, _request: Request) -> Answer:
+    """GET /v1/models: all of them, whatever page a client asks for"""
+    data = [model_object(model) for model in ollama.models()]
+    return Answer({"object": "list", "data": data, "has_more": False,
                    "first_id": data[0]["id"] if data else None,
                    "last_id": data[-1]["id"] if data else None})
-
-
-def page(found: List[JSON], query: Mapping[str, str]) -> Tuple[List[JSON], bool]:
-    """What limit, after_id and before_id ask for, and whether there is more in that direction."""
-    ids = [model["id"] for model in found]
-    if not re.fullmatch("[1-9][0-9]{0,2}|1000", query.get("limit", "1")):
-        raise invalid("limit", "must be between 1 and 1000")
-    limit = int(query.get("limit", len(ids)))
-    for name in {"after_id", "before_id"} & query.keys():
-        if query[name] not in ids:
-            raise invalid(name, "must be the id of a model")
-    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
-    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
-    if "before_id" in query:
-        first = max(start, end - limit)
-        return found[first:end], first > start
-    return found[start:start + limit], start + limit < end
 
 
 def one_model(ollama: Ollama, request: Request) -> Answer:
@@ -3162,8 +3144,7 @@ def read_head(incoming: Incoming, config: Config) -> Request:
         raise APIError(400, "The Host header is missing.")
     if authority:                                # RFC 9112, 3.2.2: it goes before the header
         headers["host"] = authority
-    path, _, query = target.partition("?")
-    return Request(method, path, headers, version, dict(urllib.parse.parse_qsl(query)))
+    return Request(method, target.partition("?")[0], headers, version)
 
 
 def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:

@@ -2646,29 +2646,13 @@ class ModelsAndHealth(ServerCase):
                  "display_name": "hf.co/someone/think:latest", "context_length": 8192,
                  "created_at": "2026-11-23T21:52:22Z", "capabilities": ["completion", "thinking"]}]})
 
-    def test_the_list_comes_in_pages_to_who_asks_for_pages(self) -> None:
+    def test_the_list_is_whole_whatever_page_a_client_asks_for(self) -> None:
         self.ollama.gets["/api/tags"] = {"models": [{"name": f"m{n}:x"} for n in range(5)]}
-        for query, ids, more in (
-                ("", "m0 m1 m2 m3 m4", False), ("?limit=2", "m0 m1", True),
-                ("?limit=2&after_id=m1:x", "m2 m3", True), ("?after_id=m2%3Ax", "m3 m4", False),
-                ("?limit=2&after_id=m4:x", "", False), ("?limit=1000", "m0 m1 m2 m3 m4", False),
-                ("?limit=2&before_id=m3:x", "m1 m2", True), ("?limit=2&before_id=m2:x", "m0 m1", False),
-                ("?before_id=m0:x", "", False)):
+        for query in ("", "?limit=2", "?limit=2&after_id=m1:x", "?before_id=m3:x", "?limit=0"):
             reply = self.ask("GET", "/v1/models" + query).json
-            names = [model["id"] for model in reply["data"]]
-            self.assertEqual((names, reply["has_more"]), ([name + ":x" for name in ids.split()], more))
-            self.assertEqual((reply["first_id"], reply["last_id"]),
-                             (names[0], names[-1]) if names else (None, None))
-        for query, message in (("limit=0", "limit: must be between 1 and 1000"),
-                               ("limit=1001", "limit: "), ("limit=x", "limit: "),
-                               ("after_id=nope", "after_id: must be the id of a model"),
-                               ("before_id=", "")):
-            reply = self.ask("GET", "/v1/models?" + query, anthropic_version="1")
-            if message:
-                self.assertEqual((reply.status, reply.json["error"]["type"]), (400, "invalid_request_error"))
-                self.assertEqual(reply.json["error"]["message"][:len(message)], message)
-            else:
-                self.assertEqual(len(reply.json["data"]), 5)
+            self.assertEqual([model["id"] for model in reply["data"]], [f"m{n}:x" for n in range(5)])
+            self.assertEqual((reply["first_id"], reply["last_id"], reply["has_more"]),
+                             ("m0:x", "m4:x", False))
 
     def test_a_list_that_is_none_is_a_broken_answer(self) -> None:
         for models in (5, [5], [{"name": 5}], [{"name": "a", "details": 5}],
