@@ -137,7 +137,7 @@ class Config:
     head_fields: int = 100
     head_seconds: float = 15            # from the first byte of a request to the end of its head
     body_bytes: int = 64 * 1024 * 1024  # screenshots in base64 are large
-    body_seconds: float = 30            # and one more for each megabyte
+    body_seconds: float = 30            # and one more for each megabyte that has arrived
     json_depth: int = 200
     idle_seconds: float = 60            # between two requests on one connection
     write_seconds: float = 30           # without progress, after which a client counts as gone
@@ -2418,7 +2418,7 @@ class Ollama:
             except APIError as error:
                 if error.code != "model_not_found":
                     raise
-        raise self.not_installed(name)
+        raise self.not_installed(body["model"])
 
     def ask_model(self, path: str, body: JSON) -> http.client.HTTPResponse:
         """Ask; ask again, where it is `think` that Ollama refuses."""
@@ -2447,8 +2447,10 @@ class Ollama:
 
     def not_installed(self, name: str) -> APIError:
         installed = ", ".join(map(model_name, self.models())) or "none"
-        return APIError(404, f"model: {dumps(name)} is not installed in Ollama. "
-                             f"Installed: {installed}. To install it: ollama pull {name}",
+        *_, last = names = self.names_for(name)
+        alias = f", nor is {dumps(last)}, its --alias" if len(names) > 1 else ""
+        return APIError(404, f"model: {dumps(name)} is not installed in Ollama{alias}. "
+                             f"Installed: {installed}. To install it: ollama pull {last}",
                         param="model", code="model_not_found")
 
     def with_numbers(self, error: PromptTooLong, body: JSON) -> PromptTooLong:
@@ -2659,7 +2661,7 @@ def chunks_of(response: http.client.HTTPResponse, limit: int) -> Iterator[JSON]:
         if b"\n" in data:
             *lines, tail = bytes(rest).split(b"\n")
             rest = bytearray(tail)
-            yield from map(parse_line, filter(None, lines))
+            yield from map(parse_line, filter(bytes.strip, lines))
         elif len(rest) > limit:
             raise broken(f"a line of more than {limit} bytes")
     if rest.strip():
@@ -2687,17 +2689,19 @@ def events_of(chunks: Iterator[JSON]) -> Iterator[Event]:
     block is closed, and would run it again when the answer breaks off and is asked for again."""
     held: List[Event] = []
     for chunk in chunks:
-        message = chunk if "response" in chunk else chunk.get("message")
-        if not isinstance(message, dict):  # {"error": ...} under a 200
+        if "error" in chunk:               # under a 200
             raise refusal(500, dumps(chunk))
+        message: JSON = chunk if "response" in chunk else told(chunk, "message", {})
         for event in parts_of(chunk, message):
             if held or isinstance(event, ToolCall):
                 held.append(event)
             else:
                 yield event
         if told(chunk, "done", False):
-            yield from held
             reason = told(chunk, "done_reason", "") or "stop"
+            if reason not in ("stop", "length"):       # load and unload answer no question
+                raise broken(f"done_reason is {dumps(reason)[:80]}")
+            yield from held
             yield Finish("tool_calls" if held and reason != "length" else reason,
                          told(chunk, "prompt_eval_count", 0), told(chunk, "eval_count", 0),
                          cached_tokens=told(chunk, "prompt_eval_cached_count", 0)
@@ -3045,6 +3049,9 @@ def wait_for(sock: socket.socket, seconds: float, event: int) -> None:
             raise socket.timeout
 
 
+BARE_LF = re.compile(rb"(?<!\r)\n")
+
+
 class Incoming:
     """The bytes that come from one client; with read_head and read_body all that touches them."""
 
@@ -3052,10 +3059,11 @@ class Incoming:
         self.sock = sock
         self.buffer = bytearray()
         self.deadline = 0.0
+        self.rate = float("inf")                 # bytes that earn a second more
 
-    def within(self, seconds: float) -> None:
+    def within(self, seconds: float, rate: float = float("inf")) -> None:
         """Set the deadline for all that is read from here on."""
-        self.deadline = time.monotonic() + seconds
+        self.deadline, self.rate = time.monotonic() + seconds, rate
 
     def until_deadline(self, event: int) -> None:
         wait_for(self.sock, self.deadline - time.monotonic(), event)
@@ -3085,6 +3093,7 @@ class Incoming:
         if not data:
             raise ClientLeft
         self.buffer += data
+        self.deadline += len(data) / self.rate
 
     def begins(self, seconds: float) -> bool:
         """Wait for a request; False if none comes. RFC 9112, 2.2: skip empty lines before it."""
@@ -3115,6 +3124,8 @@ class Incoming:
                 raise APIError(431, "The head of the request is too large.")
             if end >= 0:
                 return self.exactly(end + len(mark))[:end]
+            if BARE_LF.search(self.buffer, start):     # `mark` may never come
+                raise APIError(400, "A line of the request ends in LF without CR.")
             start = max(0, len(self.buffer) - len(mark))
             self.receive()
 
@@ -3177,7 +3188,7 @@ def body_length(request: Request) -> Optional[int]:
 
 def read_body(incoming: Incoming, length: Optional[int], config: Config) -> bytes:
     """Read a body of `length` bytes, or a chunked one (RFC 9112, 7.1)."""
-    incoming.within(config.body_seconds + (length or config.body_bytes) / 1e6)
+    incoming.within(config.body_seconds, 1e6)
     if length is not None:
         return incoming.exactly(fitting(length, config))
     body = bytearray()

@@ -2587,13 +2587,21 @@ class Tables(ServerCase):
                  [Text("x"), Text("z"), call, Finish("tool_calls", 7, 6)]),
                 ([line(calls(("a", {"b": 1}), ("a", {"b": 1}))), done("length")],
                  [call, call, Finish("length", 7, 6)]),
-                ([line(calls(("a", {}))), done("odd")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)]),
                 ([line(calls(("a", None))), done("")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)])):
             self.assertEqual(list(ollama_api.events_of(iter(chunks))), wanted)
         events = ollama_api.events_of(iter([content("x"), line(calls(("a", {}))), content("y")]))
         self.assertEqual(next(events), Text("x"))
         with self.assertRaises(ollama_api.APIError):
             next(events)
+
+    def test_an_answer_that_ends_for_no_known_reason_is_none(self) -> None:
+        for path, whole in ((CHAT, "DONE"), (MESSAGES, "message_stop"), (RESPONSES, "completed")):
+            for reason, stream in itertools.product(("load", "unload", "odd"), (True, False)):
+                self.ollama.queue(Script([content("The"), done(reason)]))
+                reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": stream})
+                self.assertEqual(reply.status, 200 if stream else 502)
+                self.assertIn(f'done_reason is \\"{reason}\\"', reply.text)
+                self.assertNotIn(whole, reply.text)
 
     def test_an_answer_of_nothing_is_an_error_only_where_a_tool_call_was_lost(self) -> None:
         thought, blank, one = [thinking("Hm.")], [content("\n\n")], [{"name": "a"}]
@@ -2750,6 +2758,14 @@ class AliasesAndContext(ServerCase):
         self.ollama.queue(missing, missing)
         reply = self.ask("POST", CHAT, {"model": "nope", "messages": USER})
         self.assertEqual((reply.status, len(self.ollama.asked)), (404, 2))
+
+    def test_an_alias_for_nothing_is_told_in_the_same_words_everywhere(self) -> None:
+        self.ollama.queue(*[Script([{"error": "model not found"}], 404)] * 2)
+        asked = self.ask("POST", CHAT, {"model": "gpt", "messages": USER})
+        found = self.ask("GET", "/v1/models/gpt")
+        self.assertEqual((asked.status, asked.json), (found.status, found.json))
+        self.assertIn('model: "gpt" is not installed in Ollama, nor is "nope", its --alias. '
+                      "Installed: plain:latest, ", asked.json["error"]["message"])
 
     def test_num_ctx_is_sent_with_every_request(self) -> None:
         self.ollama.queue(Script())
@@ -3271,6 +3287,9 @@ RAW = [
     ("folded field", HEALTH + b"A: b\r\n c\r\n\r\n", 400, False),
     ("bare CR", HEALTH + b"A: b\rContent-Length: 5\r\n\r\n", 400, False),
     ("bare LF", HEALTH + b"A: b\nContent-Length: 5\r\n\r\n", 400, False),
+    ("LF alone", b"GET /health HTTP/1.1\n\n", 400, False),
+    ("LF alone after a whole line", HEALTH + b"\n", 400, False),
+    ("LF alone in a chunk", CHUNKED + b"\r\n2\n{}\n0\n\n", 400, False),
     ("NUL", HEALTH + b"A: \0\r\n\r\n", 400, False),
     ("two lengths", POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400, False),
     ("signed length", POST + b"Content-Length: +2\r\n\r\n{}", 400, False),
@@ -3377,7 +3396,7 @@ IGNORED: List[Any] = [
 
 
 class HTTP(ServerCase):
-    settings = {"linger_seconds": 0.2}
+    settings = {"linger_seconds": 0.2, "head_seconds": 5.0}
 
     def test_heads_and_bodies(self) -> None:
         for name, request, status, stays_open in RAW:
@@ -3480,6 +3499,19 @@ class HTTP(ServerCase):
                 self.assertLess(time.monotonic(), end, "it waits as long as something comes")
                 self.assertRegex(sock.recv(65536), b"^HTTP/1.1 408 ")
         self.assertEqual(self.ollama.asked, [])
+
+    def test_a_body_earns_time_with_what_arrives(self) -> None:
+        self.port = self.serve(body_seconds=0.3, linger_seconds=0.1).server_address[1]
+        for beginning, piece in ((CHUNKED + b"\r\n", b"40000\r\n%s\r\n" % (b" " * 0x40000)),
+                                 (POST + b"Content-Length: 60000000\r\n\r\n", b" " * 0x40000)):
+            with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+                sock.sendall(beginning)
+                for _ in range(6):               # 1.6 MB in 0.6 s
+                    sock.sendall(piece)
+                    self.assertEqual(select.select([sock], [], [], 0.1)[0], [])
+                began = time.monotonic()
+                self.assertRegex(sock.recv(65536), b"^HTTP/1.1 408 ")
+                self.assertLess(time.monotonic() - began, 3)
 
     def test_a_body_that_is_cut_short_is_not_used(self) -> None:
         data = post({"messages": USER, "stream": False})
@@ -4238,7 +4270,8 @@ BROKEN: List[Tuple[List[Any], str]] = [
     ([b'{"message": {"content": "' + b"x" * 10000], "a line of more than 9999 bytes"),
     ([b"<html>Bad Gateway</html>"], "not JSON"), ([b"\x1f\x8b\x08\0\n"], "not JSON"),
     ([{"error": "boom"}], "Ollama failed: boom"), ([{"error": "boom"}, *SKY], "failed: boom"),
-    ([{"error": {"message": 5}}], "message is 5"), ([b'{"message": "b"}\n'], "Ollama failed"),
+    ([{"error": {"message": 5}}], "message is 5"), ([b'{"message": "b"}\n'], 'message is "b"'),
+    ([done("unload")], 'done_reason is "unload"'),
     ([line({"content": 5})], "content is 5"), ([line({"thinking": ["a"]})], 'thinking is ["a"]'),
     ([line({}, done="yes")], 'done is "yes"'),
     ([line({}, done=True, eval_count="6")], "eval_count is"),
@@ -4352,6 +4385,9 @@ class FailingOllama(ServerCase):
             ([json.dumps(done()).encode()], ""),                         # no newline at the end
             ([*SKY, b"{broken\n"], "blue"), ([*SKY, RESET], "blue"),        # after the answer
             ([b"\n", *SKY[:2], b"\n\n", *SKY[2:]], "blue"),
+            ([*SKY[:2], b" \r\n\t\n", *SKY[2:]], "blue"),
+            ([{"done": False}, *SKY[:2], {}, {"message": None}, *SKY[2:]], "blue"),
+            ([content("The"), {"done": True, "eval_count": 6}], "The"),
             ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], "\\u00fc")]
         for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, harmless):
             for stream, reply in self.faults(path, body, Script(steps_)):
