@@ -26,21 +26,29 @@ Endpoints
 
 Contents of this file, from top to bottom
     Configuration                  every option, default and limit
-    The neutral middle             what dialects share: Ollama's request, the events of a reply
+    Questions and events           what dialects share: Ollama's request, the events of a reply
     Reading requests               fields and their kinds, options, earlier tool calls
-    Shaping answers                stop texts, forced and lost tool calls, prefills, frames
+    Frames                         what replies are made of
     Anthropic Messages             a dialect
     OpenAI's words                 what the next three have in common
     OpenAI Chat Completions        a dialect
     Completions and Embeddings     OpenAI's smaller endpoints
     OpenAI Responses               a dialect
     Models and health              what is installed, and whether it answers
+    Ollama's own API               what is passed on
     Routes                         the product on one screen
-    Schemas and tools              what Ollama can bear of a client's JSON schemas
-    Ollama                         the upstream, and how to wait for it
-    HTTP server                    bytes in, bytes out
-    Demo                           a stand-in for Ollama
-    Command line                   options, banner, start and end
+    Tools                          offered, forced, or beside a schema
+    JSON schemas                   what Ollama can bear of a client's
+    Asking Ollama                  what goes out, and what its refusals mean
+    Counting tokens                how long a prompt is
+    Events of an answer            Ollama's chunks, and all filters over what they say
+    Waiting for Ollama             for two sockets at once
+    Reading HTTP                   bytes to a request
+    Who may ask                    web pages and keys
+    Answering                      one request and its reply
+    The server                     connections, limits, shutdown
+    The demo                       a stand-in for Ollama
+    Options, start and end         the command line
 
 A request goes down that list as text and comes back up as bytes: the HTTP server reads it, a route
 names its endpoint, the dialect turns it into a chat for Ollama and Ollama's answer into frames.
@@ -153,12 +161,12 @@ class Config:
     grace_seconds: float = 10           # for running requests after SIGTERM
 
 
-# ---- The neutral middle --------------------------------------------------------------------------
-# Lopsided on purpose. A request is Ollama's own /api/chat body, into which each dialect translates
-# directly: there is no third vocabulary. A reply is a stream of small events, the same for clients
-# that stream and clients that do not: any number of Thinking, Text and ToolCall in the model's
-# order, then exactly one Finish; whatever else happens is an APIError.
-# Frozen dataclasses rather than NamedTuples, for which Text("a") == Thinking("a").
+# ---- Questions and events ------------------------------------------------------------------------
+# The neutral middle, lopsided on purpose. A request is Ollama's own /api/chat body, into which
+# each dialect translates directly: there is no third vocabulary. A reply is a stream of small
+# events, the same for clients that stream and clients that do not: any number of Thinking, Text
+# and ToolCall in the model's order, then exactly one Finish; whatever else happens is an
+# APIError. Frozen dataclasses rather than NamedTuples, for which Text("a") == Thinking("a").
 
 JSON = Dict[str, Any]
 T = TypeVar("T")
@@ -535,9 +543,9 @@ def nested_deeper(data: bytes, depth: int) -> bool:
     return bool(steps) and max(itertools.accumulate(memoryview(steps).cast("b"))) > depth
 
 
-# ---- Shaping answers -----------------------------------------------------------------------------
-# Filters over the events of an answer, each for one thing that Ollama does not do by itself, and
-# what dialects make frames with. Ollama puts the filters in a row for each request, in read_as.
+# ---- Frames --------------------------------------------------------------------------------------
+# What dialects make frames with: a frame is one server-sent event, or one line. JSON goes out as
+# ASCII, so that it can always be encoded.
 
 dumps = json.JSONEncoder(allow_nan=False).encode    # ASCII only, so that it can always be encoded
 plain_json = json.JSONEncoder(ensure_ascii=False).encode      # for the eyes of a model
@@ -1857,6 +1865,16 @@ def health(ollama: Ollama, _request: Request) -> Answer:
     return Answer({"status": "ok", **told, "version": version})
 
 
+def about(ollama: Ollama, _request: Request) -> Answer:
+    """GET /"""
+    return Answer({"name": "ollama_api.py", "version": __version__, "ollama": ollama.config.ollama,
+                   "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
+
+
+# ---- Ollama's own API ----------------------------------------------------------------------------
+# What clients of Ollama's own API ask before they come to the others: passed on as it is, for
+# `codex --oss` and those who look for a version first.
+
 def ollama_version(ollama: Ollama, _request: Request) -> Answer:
     """GET /api/version, as Ollama has it"""
     return Answer(ollama.get("/api/version"))
@@ -1865,12 +1883,6 @@ def ollama_version(ollama: Ollama, _request: Request) -> Answer:
 def ollama_tags(ollama: Ollama, _request: Request) -> Answer:
     """GET /api/tags, as Ollama has it"""
     return Answer(ollama.get("/api/tags"))
-
-
-def about(ollama: Ollama, _request: Request) -> Answer:
-    """GET /"""
-    return Answer({"name": "ollama_api.py", "version": __version__, "ollama": ollama.config.ollama,
-                   "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
 
 
 # ---- Routes --------------------------------------------------------------------------------------
@@ -1944,12 +1956,10 @@ def wording_for(request: Request) -> Wording:
     return messages_error if anthropic else openai_error
 
 
-# ---- Schemas and tools ---------------------------------------------------------------------------
-# Ollama makes a grammar of `format`, and there are JSON schemas that stop its runner, hang a model
-# or end the whole process, for everybody. So no client's schema reaches it: grammar_schema builds a
-# new one, of the keywords that every release takes, and says what it left out. tool_schema does so
-# for `tools`, of which Ollama reads even less. It has no tool_choice: a call that must be made is
-# an answer that `format` binds to the tools' schemas, on any model, and that becomes a call here.
+# ---- Tools ---------------------------------------------------------------------------------------
+# Ollama has no tool_choice: a call that must be made is an answer that `format` binds to the tools'
+# schemas, on any model, and that becomes a call here. The same where a client has a schema as well,
+# beside which Ollama would never call a tool.
 
 class Tool(NamedTuple):
     """A tool as a client defines it."""
@@ -2041,6 +2051,12 @@ def chosen(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
         raise broken(f"a call of {dumps(call.name)[:80]}, which was not offered")
     return call
 
+
+# ---- JSON schemas --------------------------------------------------------------------------------
+# Ollama makes a grammar of `format`, and there are JSON schemas that stop its runner, hang a model
+# or end the whole process, for everybody. So no client's schema reaches it: grammar_schema builds a
+# new one, of the keywords that every release takes, and says what it left out. tool_schema does so
+# for `tools`, of which Ollama reads even less.
 
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
@@ -2340,13 +2356,10 @@ def narrowed_value(word: str, value: Any) -> JSON:
     return {"enum": [value]} if word == "const" else {}
 
 
-# ---- Ollama --------------------------------------------------------------------------------------
-# The only section that opens outgoing connections, to one address and nowhere else: no proxies, no
+# ---- Asking Ollama -------------------------------------------------------------------------------
+# The only section that decides what goes out, to one address and nowhere else: no proxies, no
 # redirects. Every chat is streamed from Ollama, also when the client wants one JSON object, so that
 # there is one path on which to fail, to wait and to cancel.
-# Ollama sends not even a status line before the first token exists. So whenever http.client wants
-# more bytes than have arrived, Upstream.readinto below first flushes what the client has coming,
-# and then waits for both sockets at once: for Ollama to send, for the client to leave, for a ping.
 
 class Ollama:
     """One request's way to Ollama: a context manager that closes, at the end of the request, every
@@ -2530,53 +2543,6 @@ def listed(answer: JSON) -> List[JSON]:
     return models
 
 
-IMAGE_TOKENS = 768                 # as Ollama estimates them
-RATES_KEPT = 1000                  # of models; with an alias for *, their names are the clients'
-
-
-class TokenRates:
-    """How many bytes of a prompt make a token, for each model: Ollama has no tokenizer to ask, but
-    tells afterwards how many there were. One for all requests of a server."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.seen: Dict[str, Tuple[float, float]] = {}     # bytes and tokens, older ones fading
-
-    def tokens(self, body: Mapping[str, Any]) -> int:
-        """An estimate of the length of a prompt."""
-        with self.lock:
-            size, tokens = self.seen.get(body["model"], (4.0, 1.0))
-        return max(1, int(prompt_bytes(body) * tokens / size) + IMAGE_TOKENS * images_in(body))
-
-    def learn(self, body: Mapping[str, Any], tokens: int) -> None:
-        """Take note of Ollama's count; not of one that leaves out what was cached (0.30.0), counts
-        twice (a `format` with thoughts before it), or has images in it."""
-        size = prompt_bytes(body)
-        if "format" in body or images_in(body) or not size / 16 < tokens < size:
-            return
-        with self.lock:
-            old_size, old_tokens = self.seen.pop(body["model"], (0.0, 0.0))
-            self.seen[body["model"]] = old_size / 2 + size, old_tokens / 2 + tokens
-            if len(self.seen) > RATES_KEPT:
-                del self.seen[next(iter(self.seen))]
-
-
-def prompt_bytes(body: Mapping[str, Any]) -> int:
-    """The length of what the model gets to read: texts and tools, and four bytes a message for what
-    its template adds."""
-    messages = body.get("messages", ())
-    texts = [text for message in messages
-             for text in (message["content"], message.get("thinking", ""),
-                          *map(plain_json, message.get("tool_calls", ())))]
-    texts += [body.get("prompt", ""), body.get("suffix", ""), *list_of(body.get("input", "")),
-              *map(plain_json, body.get("tools", ()))]
-    return sum(len(text.encode()) for text in texts) + 4 * (len(messages) or 1)
-
-
-def images_in(body: Mapping[str, Any]) -> int:
-    return sum(len(message.get("images", ())) for message in body.get("messages", ()))
-
-
 def unreachable(url: str, reason: object) -> APIError:
     if isinstance(reason, (ConnectionResetError, BrokenPipeError)):
         return broken(reason)                   # it took the connection, not the request
@@ -2635,6 +2601,61 @@ def innermost_error(text: str) -> JSON:
         return innermost_error(error)
     return error if isinstance(error, dict) else {"message": text.strip()[:1000]}
 
+
+# ---- Counting tokens -----------------------------------------------------------------------------
+# Ollama has no tokenizer to ask, but tells afterwards how many tokens a prompt had. From that it is
+# learned, for each model, how many bytes of a prompt make a token.
+
+IMAGE_TOKENS = 768                 # as Ollama estimates them
+RATES_KEPT = 1000                  # of models; with an alias for *, their names are the clients'
+
+
+class TokenRates:
+    """How many bytes of a prompt make a token, for each model: Ollama has no tokenizer to ask, but
+    tells afterwards how many there were. One for all requests of a server."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seen: Dict[str, Tuple[float, float]] = {}     # bytes and tokens, older ones fading
+
+    def tokens(self, body: Mapping[str, Any]) -> int:
+        """An estimate of the length of a prompt."""
+        with self.lock:
+            size, tokens = self.seen.get(body["model"], (4.0, 1.0))
+        return max(1, int(prompt_bytes(body) * tokens / size) + IMAGE_TOKENS * images_in(body))
+
+    def learn(self, body: Mapping[str, Any], tokens: int) -> None:
+        """Take note of Ollama's count; not of one that leaves out what was cached (0.30.0), counts
+        twice (a `format` with thoughts before it), or has images in it."""
+        size = prompt_bytes(body)
+        if "format" in body or images_in(body) or not size / 16 < tokens < size:
+            return
+        with self.lock:
+            old_size, old_tokens = self.seen.pop(body["model"], (0.0, 0.0))
+            self.seen[body["model"]] = old_size / 2 + size, old_tokens / 2 + tokens
+            if len(self.seen) > RATES_KEPT:
+                del self.seen[next(iter(self.seen))]
+
+
+def prompt_bytes(body: Mapping[str, Any]) -> int:
+    """The length of what the model gets to read: texts and tools, and four bytes a message for what
+    its template adds."""
+    messages = body.get("messages", ())
+    texts = [text for message in messages
+             for text in (message["content"], message.get("thinking", ""),
+                          *map(plain_json, message.get("tool_calls", ())))]
+    texts += [body.get("prompt", ""), body.get("suffix", ""), *list_of(body.get("input", "")),
+              *map(plain_json, body.get("tools", ()))]
+    return sum(len(text.encode()) for text in texts) + 4 * (len(messages) or 1)
+
+
+def images_in(body: Mapping[str, Any]) -> int:
+    return sum(len(message.get("images", ())) for message in body.get("messages", ()))
+
+
+# ---- Events of an answer -------------------------------------------------------------------------
+# Ollama's chunks become events, and filters over the events do what Ollama does not do by itself.
+# read_as puts the filters in a row for each request.
 
 def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body as it arrives: read1 returns what is there, where readline would cost more."""
@@ -2873,6 +2894,11 @@ def first_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
     return len(text), None
 
 
+# ---- Waiting for Ollama --------------------------------------------------------------------------
+# Ollama sends not even a status line before the first token exists. So whenever http.client wants
+# more bytes than have arrived, Upstream.readinto first flushes what the client has coming, and then
+# waits for both sockets at once: for Ollama to send, for the client to leave, for a ping.
+
 class Client(Protocol):
     """What the upstream needs of the client that it works for."""
     sock: socket.socket
@@ -3034,12 +3060,11 @@ OPENER = urllib.request.OpenerDirector()
 OPENER.add_handler(UpstreamHandler())
 
 
-# ---- HTTP server ---------------------------------------------------------------------------------
-# ThreadingHTTPServer accepts and gives each connection a thread. BaseHTTPRequestHandler is unused:
-# it drops the headers after a malformed line, takes a bare CR for a line end, answers a bad version
-# without a status line, knows no deadline for a whole head, and runs an unread body as the next
-# request. Here a head is read as bytes, under one deadline, and what is ambiguous is refused.
-# A reply's head leaves with its first bytes, so that whatever fails before them is a real status.
+# ---- Reading HTTP --------------------------------------------------------------------------------
+# BaseHTTPRequestHandler is unused: it drops the headers after a malformed line, takes a bare CR
+# for a line end, answers a bad version without a status line, knows no deadline for a whole head,
+# and runs an unread body as the next request. Here a head is read as bytes, under one deadline,
+# and what is ambiguous is refused.
 
 def wait_for(sock: socket.socket, seconds: float, event: int) -> None:
     """Wait until a socket can be read or written; socket.timeout if that takes too long."""
@@ -3239,6 +3264,10 @@ def linger(sock: socket.socket, config: Config) -> None:
             incoming.buffer.clear()
 
 
+# ---- Who may ask ---------------------------------------------------------------------------------
+# Web pages are refused, but for those of this machine and of --allow-origin, and keys are demanded
+# where there are some. Programs send no Origin.
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address, with or without a port, is this machine's own."""
     name = re.sub(r":[0-9]*$", "", host) if host.count(":") == 1 or "]" in host else host
@@ -3286,6 +3315,10 @@ def cross_origin(request: Request) -> Dict[str, str]:
                 request.headers.get("access-control-request-headers", "content-type"),
             "access-control-max-age": "600"}
 
+
+# ---- Answering -----------------------------------------------------------------------------------
+# One request and its reply. The reply's head leaves with its first bytes, so that whatever fails
+# before them is a real status.
 
 def reported(fields: Iterable[str]) -> str:
     """Names that clients chose, as a header field that no name can break."""
@@ -3502,6 +3535,10 @@ def log_traceback() -> None:
         log(line)
 
 
+# ---- The server ----------------------------------------------------------------------------------
+# ThreadingHTTPServer accepts and gives each connection a thread. This is about many clients at
+# once: limits, bursts, and the end.
+
 class Connection(socketserver.BaseRequestHandler):
     """One client's connection: its requests, one after the other."""
     server: Server
@@ -3617,7 +3654,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.ended.wait_for(lambda: not self.running, self.config.grace_seconds)
 
 
-# ---- Demo ----------------------------------------------------------------------------------------
+# ---- The demo ------------------------------------------------------------------------------------
 # `--demo` starts a stand-in for Ollama on a free port of this machine and points the server at it,
 # so that the whole real path runs. It speaks the native wire as 0.32 does, and says what it is.
 
@@ -3711,7 +3748,7 @@ def start_demo(config: Config) -> Config:
                                ollama=f"http://127.0.0.1:{demo.server_address[1]}")
 
 
-# ---- Command line --------------------------------------------------------------------------------
+# ---- Options, start and end ----------------------------------------------------------------------
 # Every field of Config that was made by `option` becomes --name and OLLAMA_API_NAME here. The
 # command line overrides the environment, and that the default. The variable of an option that may
 # be repeated has commas between its values.
