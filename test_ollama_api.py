@@ -2364,7 +2364,7 @@ REFUSALS = [
     (500, "an error was encountered while running the model: unexpected EOF", 502,
      "Ollama failed: an error"),
     (499, "request canceled", 499, "request canceled"),
-    (302, "", 502, "Ollama failed: Ollama answered 302 without a word"),
+    (302, "", 502, "Ollama failed: Ollama answered 302 without a message"),
 ]
 
 JSON_CLIENTS: List[Dict[str, str]] = [
@@ -2385,6 +2385,10 @@ URLS = [
     ("https://a/", "https://a:443"), ("https://a:8443/x/", "https://a:8443/x"),
     ("[::1]", "http://[::1]:11434"), ("[::1]:99", "http://[::1]:99"), ("::1", "http://[::1]:11434"),
     ("[::]:99", "http://[::1]:99"), (' "a" ', "http://a:11434")]
+
+
+def body_of(**fields: Any) -> ollama_api.Body:
+    return ollama_api.Body({"model": "plain", **fields}, Config())
 
 
 class Tables(ServerCase):
@@ -2413,7 +2417,7 @@ class Tables(ServerCase):
                 (b"[]" * 300, False), (b"[{" * 100 + b"}]" * 100, False),
                 (b"[{" * 101 + b"}]" * 101, True), (b'"' + b"[" * 300 + b'"', False)):
             with self.subTest(data[:20]):
-                self.assertEqual(ollama_api.nested_deeper(data, 200), deeper)
+                self.assertEqual(ollama_api.too_deep(data, 200), deeper)
 
     def test_of_equal_keys_the_last_counts_and_long_numbers_come_through(self) -> None:
         self.ollama.queue(Script())
@@ -2430,7 +2434,7 @@ class Tables(ServerCase):
     def test_refusals_of_ollama(self) -> None:
         for status, text, ours, message in REFUSALS:
             with self.subTest(text=text):
-                error = ollama_api.refusal(status, json.dumps({"error": text}))
+                error = ollama_api.refused(status, json.dumps({"error": text}))
                 self.assertEqual((error.status, error.message[:len(message)]), (ours, message))
 
     def test_the_types_of_anthropics_errors(self) -> None:
@@ -2466,12 +2470,12 @@ class Tables(ServerCase):
                 ({"think": False, "chat_template_kwargs": {"enable_thinking": True}}, False),
                 ({"chat_template_kwargs": {"enable_thinking": True}}, True),
                 ({"chat_template_kwargs": {"enable_thinking": False}, "think": None}, False)):
-            chat = ollama_api.chat_request({"model": "plain", "messages": USER, **body})
-            self.assertEqual(chat.body.get("think"), think, body)
+            question = ollama_api.chat_request(body_of(messages=USER, **body))
+            self.assertEqual(question.body.get("think"), think, body)
 
     def test_what_else_a_chat_may_ask_for(self) -> None:
-        def read(**body: Any) -> ollama_api.Chat:
-            return ollama_api.chat_request({"model": "plain", "messages": USER, **body})
+        def read(**body: Any) -> ollama_api.Question:
+            return ollama_api.chat_request(body_of(**{"messages": USER, **body}))
         self.assertEqual(read(stop=["a"], options={"stop": ["b"]}).stop, ["a", "b"])
         self.assertEqual(read(options={"stop": ["b"]}).body["options"], {})
         self.assertTrue(read(functions=[{"name": "a"}]).one_call)
@@ -2481,15 +2485,15 @@ class Tables(ServerCase):
         self.assertEqual(read(messages=messages).body["messages"][1]["content"], "(no text)")
 
     def test_what_else_a_response_may_ask_for(self) -> None:
-        def read(**body: Any) -> ollama_api.Chat:
-            return ollama_api.responses_request({"model": "plain", "input": "Hi", **body})
+        def read(**body: Any) -> ollama_api.ResponsesQuestion:
+            return ollama_api.responses_request(body_of(input="Hi", **body))
         self.assertTrue(read(parallel_tool_calls=False).one_call)
         self.assertFalse(read().one_call)
         self.assertEqual(read(options={"stop": ["a"]}).stop, ["a"])
         self.assertEqual(read(text={"format": {"type": "json_object"}}).body["format"], ANY)
         self.assertEqual(read(keep_alive="5m", think=True).body["think"], True)
-        chat = read(tools=[{"type": "custom", "name": "say"}])
-        found = ollama_api.responses_call(chat, ToolCall("say", {"text": 1}))
+        question = read(tools=[{"type": "custom", "name": "say"}])
+        found = ollama_api.responses_call(question, ToolCall("say", {"text": 1}))
         self.assertEqual(found["input"], '{"text": 1}')           # what else the model made of it
 
     def test_log_probabilities_go_with_the_text_that_is_held_back(self) -> None:
@@ -2499,7 +2503,7 @@ class Tables(ServerCase):
         self.assertEqual(found, [Text("abc", tuple(tokens_)), Finish("stop", 7, 3)])
         found = list(ollama_api.unrepeated(iter([*events, Finish("stop", 7, 3)]), "ab"))
         self.assertEqual(found, [Text("c", (tokens_[2],)), Finish("stop", 7, 3)])
-        self.assertEqual(list(ollama_api.parts_of({"logprobs": [5, {"token": "a"}]}, {})),
+        self.assertEqual(list(ollama_api.parts_of({"logprobs": [5, {"token": "a"}]})),
                          [Text("", ({"token": "a"},))])
 
     def test_what_ollama_did_not_compute_again_is_told(self) -> None:
@@ -2525,7 +2529,7 @@ class Tables(ServerCase):
 
     def test_an_error_of_ollama_that_is_not_json_keeps_its_text(self) -> None:
         for text in ("boom", "<h1>Bad gateway</h1>", "[5]"):
-            self.assertEqual(ollama_api.refusal(500, text).message, "Ollama failed: " + text)
+            self.assertEqual(ollama_api.refused(500, text).message, "Ollama failed: " + text)
 
     def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
         overflow = Script([{"error": "the input length exceeds the context length"}], 400)
@@ -3464,7 +3468,7 @@ class HTTP(ServerCase):
         self.assertEqual(self.raw(b""), b"")
 
     def test_a_connection_too_many_is_closed_and_the_others_are_served(self) -> None:
-        self.port = self.serve(connections=1).server_address[1]
+        self.port = self.serve(max_connections=1).server_address[1]
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as first:
             self.assertEqual(self.raw(b""), b"")
             first.sendall(HEALTH + b"\r\n")
@@ -3595,7 +3599,7 @@ class HTTP(ServerCase):
     def test_a_bug_of_ours_is_a_500_without_inner_details(self) -> None:
         def fail(*_: Any) -> None:
             raise KeyError("secret")
-        with mock.patch.object(ollama_api.Ollama, "models", fail):
+        with mock.patch.object(ollama_api.Ollama, "installed", fail):
             reply = self.ask("GET", "/v1/models")
         self.assertEqual((reply.status, reply.json["error"]["type"]), (500, "api_error"))
         self.assertNotIn("secret", reply.text)
@@ -3839,10 +3843,9 @@ class OllamaBehindTLS(ServerCase):
                 sock.recv(1)
         sender = threading.Thread(target=send)
         sender.start()
-        with contextlib.closing(ollama_api.Nobody()) as nobody:
-            with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
-                                     nobody, 99, time.monotonic() + PATIENCE) as upstream:
-                self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
+        with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
+                                 ollama_api.Client(), 99, time.monotonic() + PATIENCE) as upstream:
+            self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
         sender.join(PATIENCE)
 
 
@@ -4164,7 +4167,7 @@ class OverTime(ServerCase):
             leaving.join(PATIENCE)
 
     def test_a_body_that_is_still_coming_counts_as_a_request_that_runs(self) -> None:
-        server = self.serve(running=1)
+        server = self.serve(max_running=1)
         self.port = server.server_address[1]
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
             sock.sendall(POST + b"Content-Length: 999\r\n\r\n{")
@@ -4238,7 +4241,7 @@ class OverTime(ServerCase):
         self.assertEqual(answers, {number: {str(number)} for number in range(20)})
 
     def test_too_many_requests_are_a_503_while_health_still_answers(self) -> None:
-        self.port = self.serve(running=1).server_address[1]
+        self.port = self.serve(max_running=1).server_address[1]
         gate = threading.Event()
         script = self.ollama.queue(Script([gate, *SKY]))
         with self.open("POST", CHAT, {"messages": USER}) as stream:
@@ -5574,7 +5577,7 @@ class TheFile(unittest.TestCase):
         def size(*names: str) -> int:
             return sum(len(functions[name]) for name in names)
         self.assertLess(size("read_head", "read_fields"), 60)
-        self.assertLess(size("read_body", "body_length", "fitting"), 60)
+        self.assertLess(size("read_body", "body_length", "check_size"), 60)
         reading = {name for name, body in functions.items() if ".recv" in "".join(body)}
         self.assertEqual(reading, {"take", "readinto"})      # a client's bytes; Ollama's
 
@@ -5910,7 +5913,7 @@ def bench(seconds: float) -> int:
         lean = int(ollama.stdout.readline())
         address = f"127.0.0.1:{lean}"
         took, memory = start_up(address)
-        command = (*command_with(running=2000), "--ollama", address)
+        command = (*command_with(max_running=2000), "--ollama", address)
         process, chat, _ = first_answer(command)
         started = [ollama, process]
         targets = [Target("direct", lean, "/api/chat"), chat,
