@@ -2545,8 +2545,6 @@ class Ollama(contextlib.ExitStack):
             response: Response = OPENER.open(
                 request, timeout=min(seconds, self.config.connect_seconds))
         except urllib.error.URLError as error:
-            if isinstance(error.reason, (ConnectionResetError, BrokenPipeError)):
-                raise broken_answer(error.reason) from error  # the request was cut off
             raise APIError(
                 503, f"Ollama does not answer at {url} ({error.reason}). Start it with `ollama "
                      "serve`, or say where it is with --ollama or OLLAMA_HOST.") from error

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
-"""Tests of ollama_api.py: `python test_ollama_api.py` needs nothing but Python.
+"""Test ollama_api.py: `python test_ollama_api.py` needs nothing but Python.
 
-    python test_ollama_api.py                 all tests; those of the SDKs where they are installed
+    python test_ollama_api.py                 all tests; those of clients where they are installed
     python test_ollama_api.py NAME ...        some of them, as unittest names them
     python test_ollama_api.py --live [URL]    three checks of a running server with a real Ollama
-    python test_ollama_api.py --bench [--seconds N]    a table of speeds, in less than two minutes
 
-There is no Ollama here. A scripted one answers, with lines that real releases (0.12.11 to 0.32.15)
-were recorded to send. Most tests are conversations: what a client sends, what Ollama is asked, what
-Ollama answers, what the client gets. Where CI is set, a missing SDK is a failure and not a skip.
+No Ollama is needed. A scripted one answers with the lines that real releases (0.12.11 to 0.32.15)
+sent when they were recorded. Most tests are conversations: what a client sends, what Ollama is
+asked, what Ollama answers, what the client gets.
 
-Contents: the scripted Ollama, the runner, conversations, tables, schemas and tools, HTTP,
-behaviour over time, a failing Ollama, starting and stopping, behind HAProxy, real SDKs, programs
-built on them, the file itself, the benchmark.
+After the scripted Ollama, the runner and the clients, this file has the sections of ollama_api.py
+in the same order. Where CI is set, an SDK that is missing is a failure and not a skip.
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
+import difflib
 import functools
-import heapq
 import http.client
 import http.server
 import importlib.util
@@ -33,16 +30,13 @@ import io
 import itertools
 import json
 import os
-import platform
 import random
 import re
 import select
-import selectors
 import shutil
 import signal
 import socket
 import ssl
-import statistics
 import struct
 import subprocess
 import sys
@@ -55,7 +49,8 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
+                    Tuple)
 from unittest import mock
 
 import ollama_api
@@ -66,8 +61,8 @@ PATIENCE = 10.0     # seconds: the end of every wait for something that should h
 
 
 # ---- The scripted Ollama -------------------------------------------------------------------------
-# Speaks the native wire as it was recorded. A test queues one Script for each POST that it expects;
-# what a script waits for is an Event, so that no test guesses at times.
+# Speaks the native wire as it was recorded. A test queues one Script for each POST that it expects.
+# What a script waits for is an Event, so that no test guesses at times.
 
 CUT = "CUT"         # a step: close the connection in the middle of the answer
 RESET = "RESET"     # a step: the same with a TCP reset
@@ -75,7 +70,7 @@ NO_LINGER = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1,
 
 
 class Wire(bytes):
-    """A step: bytes that are sent as they are, as the head or without the frame of a chunk."""
+    """Hold bytes that are sent as they are: a head, or a part of a body without its chunk."""
 
 
 def line(message: Dict[str, Any], **more: Any) -> Dict[str, Any]:
@@ -92,7 +87,7 @@ def thinking(text: str) -> Dict[str, Any]:
 
 
 def calls(*named: Tuple[str, Any]) -> Dict[str, Any]:
-    """The part of a message that has tool calls."""
+    """Return the part of a message that has tool calls."""
     return {"content": "", "tool_calls": [
         {"id": f"call_21n7k6c{n}", "function": {"index": n, "name": name, "arguments": arguments}}
         for n, (name, arguments) in enumerate(named)]}
@@ -124,7 +119,7 @@ PS = {"models": [{"name": "plain:latest", "model": "plain:latest", "size": 74127
 
 @dataclass
 class Script:
-    """One answer. A step is a line (a dict), bytes, Wire, CUT, RESET, or an Event to wait for."""
+    """Hold one answer. A step is a line (a dict), bytes, Wire, CUT, RESET, or an Event to wait for."""
     steps: Iterable[Any] = field(default_factory=lambda: SKY)
     status: int = 200
     kind: str = "application/x-ndjson"
@@ -217,7 +212,7 @@ class ScriptedHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def wait(self, event: threading.Event, script: Script) -> bool:
-        """Until `event`; False when the peer closes the connection first."""
+        """Wait for `event`; return False if the peer closes the connection first."""
         script.waits.set()
         deadline = time.monotonic() + PATIENCE
         while not event.is_set() and time.monotonic() < deadline:
@@ -228,8 +223,9 @@ class ScriptedHandler(http.server.BaseHTTPRequestHandler):
 
 
 # ---- The runner ----------------------------------------------------------------------------------
+# Plays conversations, and shows of a failure what a person needs to see: a screen at most.
 
-LOG: List[str] = []                 # what the server logs during a test
+LOG: List[str] = []  # what the server logs during a test
 REAL_LOG = ollama_api.log
 
 
@@ -241,15 +237,22 @@ class PatientCase(unittest.TestCase):
             time.sleep(0.001)
         self.assertTrue(condition())
 
+    def fail(self, msg: Any = None) -> NoReturn:
+        raise self.failureException(shortened(str(msg)))
+
+
+def shortened(text: str) -> str:
+    """Return the beginning and the end of a long text."""
+    return text if len(text) < 4000 else f"{text[:500]}\n[...]\n{text[-2000:]}"
+
 
 class ServerCase(PatientCase):
-    """A server and a scripted Ollama of its own for each test. self.config() may be overridden."""
-    maxDiff = None
+    """Give each test a server and a scripted Ollama. `settings` are fields of its Config."""
     settings: Dict[str, Any] = {}
 
     def setUp(self) -> None:
         del LOG[:]
-        self.enterContext2(mock.patch.object(ollama_api, "log", LOG.append))
+        self.enter(mock.patch.object(ollama_api, "log", LOG.append))
         self.ollama = ScriptedOllama()
         self.addCleanup(self.ollama.server_close)
         self.addCleanup(self.ollama.shutdown)
@@ -257,9 +260,13 @@ class ServerCase(PatientCase):
         self.port = self.server.server_address[1]
 
     def tearDown(self) -> None:
-        self.assertEqual([entry for entry in LOG if "Traceback" in entry], [])
+        """Fail if the server has logged a traceback. Result joins this to an earlier failure."""
+        text = "\n".join(LOG)
+        if "Traceback" in text:
+            self.fail("a bug of ours:\n" + text[text.index("Traceback"):])
 
-    def enterContext2(self, manager: Any) -> Any:          # enterContext is there since 3.11
+    def enter(self, manager: Any) -> Any:
+        """Enter a context until the end of the test. (unittest's enterContext came with 3.11.)"""
         result = manager.__enter__()
         self.addCleanup(manager.__exit__, None, None, None)
         return result
@@ -272,7 +279,7 @@ class ServerCase(PatientCase):
         return server
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        """One request on a connection of its own; the whole reply."""
+        """Send one request on a connection of its own, and return the whole reply."""
         with self.open(method, path, body, **headers) as stream:
             return stream.reply()
 
@@ -283,8 +290,8 @@ class ServerCase(PatientCase):
                            {name.replace("_", "-"): value for name, value in headers.items()})
         return Stream(connection)
 
-    def raw(self, data: bytes, close: bool = True) -> bytes:
-        """Send these bytes; all that comes back until the server closes."""
+    def raw(self, data: bytes) -> bytes:
+        """Send these bytes, and return all that comes back until the server closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
             sock.sendall(data)
             return b"".join(iter(lambda: sock.recv(65536), b""))
@@ -292,11 +299,11 @@ class ServerCase(PatientCase):
     def conversation(self, text: str) -> None:
         """Play a transcript, and compare all of it with what happened.
 
-        Sections begin in the first column: `client sends METHOD PATH`, `ollama is asked METHOD
+        Parts begin in the first column: `client sends METHOD PATH`, `ollama is asked METHOD
         PATH`, `ollama answers STATUS`, `client gets STATUS TYPE`; what is indented is their body.
         JSON is compared as JSON, however it is wrapped; ids and times are masked. A chunk of a
-        chat completion leaves out what stays as it was in the chunk before."""
-        wanted = sections(text)
+        chat completion leaves out what is as in the chunk before."""
+        wanted = parts_of(text)
         self.ollama.scripts = scripts_of(wanted)
         _, words, body = wanted[0]
         method, path, *headers = words.split(" ")
@@ -310,10 +317,46 @@ class ServerCase(PatientCase):
                 words, body = "POST " + path, json.dumps(question)
             elif kind == "client gets":
                 words, body = f"{reply.status} {reply.kind}", without_repetition(reply.text)
-            happened.append((kind, words, tokens(body)))
-        self.assertEqual([(kind, words, tokens(body)) for kind, words, body in wanted], happened)
+            happened.append((kind, words, body))
+        self.check_same(wanted, happened)
         self.assertEqual(list(asked), [], "Ollama was asked more than the transcript says")
         self.assertEqual(self.ollama.scripts, [], "Ollama was asked less than the transcript says")
+
+    def check_same(self, wanted: List[Part], happened: List[Part]) -> None:
+        """Fail with what differs between two transcripts, and two lines around it."""
+        before, after = ([line_ for part in parts for line_ in shown(part)]
+                         for parts in (wanted, happened))
+        found = difflib.unified_diff(before, after, "the transcript", "what happened",
+                                     n=2, lineterm="")
+        difference = "\n".join(itertools.islice(found, 40))
+        if difference:
+            self.fail("\n" + difference)
+
+    def check_refusals(self, rows: Iterable[Tuple[str, Any, str]]) -> None:
+        """Check that bad input is a 400 that begins with the field, and that nobody is asked."""
+        for path, body, message in rows:
+            with self.subTest(path=path, body=body if len(str(body)) < 200 else "..."):
+                reply = self.ask("POST", path, body)
+                self.assertEqual((reply.status, reply.kind), (400, "application/json"))
+                error = reply.json["error"]
+                self.assertEqual(error["message"][:len(message)], message)
+                self.assertEqual(error["type"], "invalid_request_error")
+                if not path.startswith(MESSAGES):
+                    names = re.match(r"([a-z_.0-9]+): ", message)
+                    self.assertEqual(error["param"], names and names[1])
+                else:
+                    self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
+                self.assertEqual(reply.headers["x-should-retry"], "false")
+        self.assertEqual(self.ollama.asked, [])
+
+    def check_ignored(self, rows: Iterable[Tuple[str, Any, Optional[str]]]) -> None:
+        """Check what x-ignored-fields says of requests that are answered."""
+        for path, body, ignored in rows:
+            with self.subTest(path=path, body=str(body)[:200]):
+                self.ollama.scripts = [Script([content("{}"), done()])]
+                reply = self.ask("POST", path, {"messages": USER, **body})
+                self.assertEqual((reply.status, reply.headers.get("x-ignored-fields")),
+                                 (200, ignored))
 
 
 @dataclass
@@ -332,7 +375,7 @@ class Reply:
 
 
 class Stream:
-    """A reply that is still coming."""
+    """Read a reply that is still coming."""
 
     def __init__(self, connection: http.client.HTTPConnection) -> None:
         self.connection = connection
@@ -350,12 +393,12 @@ class Stream:
             self._response = self.connection.getresponse()
         return self._response
 
-    def until(self, mark: bytes) -> bytes:
-        """Read on until `mark` has come."""
-        while mark not in self.got:
+    def until(self, mark: bytes, times: int = 1) -> bytes:
+        """Read on until `mark` has come so many times."""
+        while self.got.count(mark) < times:
             data = self.response.read1(65536)
             if not data:
-                raise AssertionError(f"the reply ended without {mark!r}: {self.got!r}")
+                raise AssertionError(f"the reply ended without {mark!r}: ...{self.got[-500:]!r}")
             self.got += data
         return self.got
 
@@ -366,7 +409,10 @@ class Stream:
         return Reply(self.response.status, headers, text)
 
 
-def sections(text: str) -> List[Tuple[str, str, str]]:
+Part = Tuple[str, str, str]  # of a transcript: whose turn it is, words, body
+
+
+def parts_of(text: str) -> List[Part]:
     found: List[List[str]] = []
     for part in textwrap.dedent(text).strip().splitlines():
         heading = re.match(r"(client sends|ollama is asked|ollama answers|client gets) (.*)", part)
@@ -377,6 +423,27 @@ def sections(text: str) -> List[Tuple[str, str, str]]:
     return [(kind, words, body) for kind, words, body in found]
 
 
+def shown(part: Part) -> List[str]:
+    """Return a part of a transcript line by line, with one spelling for equal contents."""
+    kind, words, body = part
+    lines = [""]
+    for token in tokens(body):
+        lines[-1] += " " + token
+        if token[0] in '[{"':
+            lines.append("")
+    return [f"{kind} {words}", *itertools.chain(*map(wrapped, filter(None, lines)))]
+
+
+def wrapped(line_: str) -> List[str]:
+    """Return a line of words and JSON; a long one has a line for each member of the JSON."""
+    words, mark, rest = line_.partition("{")
+    if len(line_) > 100:
+        with contextlib.suppress(ValueError):
+            members = json.dumps(json.loads(mark + rest), indent=1, sort_keys=True)
+            return [words.rstrip()] * bool(words.strip()) + members.splitlines()
+    return [line_]
+
+
 def scripts_of(parts: List[Tuple[str, str, str]]) -> List[Script]:
     return [Script([step for part in body.splitlines() for step in steps(part)], int(words),
                    "application/x-ndjson" if words == "200" else "application/json")
@@ -384,7 +451,7 @@ def scripts_of(parts: List[Tuple[str, str, str]]) -> List[Script]:
 
 
 def transcripts(case: Any) -> List[str]:
-    """All that the tests of a class play."""
+    """Return all that the tests of a class play."""
     found: List[str] = []
 
     class Collector(case):  # type: ignore[misc]
@@ -398,7 +465,7 @@ def transcripts(case: Any) -> List[str]:
 
 
 def steps(text: str) -> List[Any]:
-    """A line of `ollama answers`: thinking TEXT, content TEXT, tool NAME ARGUMENTS, done REASON
+    """Parse a line of `ollama answers`: thinking TEXT, content TEXT, tool NAME ARGUMENTS, done REASON
     COUNTS (and maybe tool calls), CUT, or JSON."""
     word, _, rest = text.partition(" ")
     if word == "thinking":
@@ -418,7 +485,7 @@ MASKS = ((r'"(msg_|chatcmpl-|cmpl-|req_|toolu_|call_|resp_|rs_|fc_|ctc_)[0-9a-f]
 
 
 def tokens(text: str) -> List[str]:
-    """Words, and JSON values in one spelling, with ids and times masked."""
+    """Split a text into words and JSON values in one spelling, with ids and times masked."""
     position = 0
     found: List[str] = []
     while True:
@@ -449,8 +516,7 @@ def without_bare(response: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def without_repetition(text: str) -> str:
-    """A stream in which each chunk leaves out what stays as it was in the chunk before, and a
-    response what any has."""
+    """Leave out of each chunk what is as in the chunk before, and of a response what all have."""
     if text.startswith("{") and json.loads(text).get("object") == "response":
         return json.dumps(without_bare(json.loads(text)))
     before: Dict[str, Any] = {}
@@ -475,11 +541,1439 @@ def changed(now: Dict[str, Any], before: Dict[str, Any], keys: Sequence[str]) ->
             if key not in keys or key not in before or now[key] != before[key]}
 
 
-# ---- Conversations: OpenAI -----------------------------------------------------------------------
+# ---- The clients ---------------------------------------------------------------------------------
+# What the tests of several sections share: requests, SDKs, a server as a process of its own.
+
+USER = [{"role": "user", "content": "[TEXT]"}]
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+COMPLETIONS, EMBEDDINGS, RESPONSES = "/v1/completions", "/v1/embeddings", "/v1/responses"
+ANY: Dict[str, Any] = {"type": "object"}
+
+
+GET = b"GET /health HTTP/1.1\r\n"
+HEALTH = GET + b"Host: localhost\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
+LAST = b"Connection: close\r\n\r\n"
+
+
+def post(body: Any, *fields: bytes) -> bytes:
+    """Return the bytes of a chat request."""
+    data = json.dumps(body).encode()
+    return POST + b"".join(fields) + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
+def prop(schema: Any, **more: Any) -> Dict[str, Any]:
+    """Return the schema of an object with the one property `a`."""
+    return {"type": "object", "properties": {"a": schema}, **more}
+
+
+def body_of(**fields: Any) -> ollama_api.Body:
+    return ollama_api.Body({"model": "plain", **fields}, Config())
+
+
+# A dialect: its path, a question, and what says that an answer is whole.
+DIALECTS: Tuple[Tuple[str, Dict[str, Any], str], ...] = (
+    (CHAT, {"messages": USER}, r'"finish_reason": "|DONE'),
+    (MESSAGES, {"messages": USER}, '"stop_reason": "|message_stop'),
+    (RESPONSES, {"input": "Hi"}, '"completed"|response.completed'))
+
+
+class EveryDialect:
+    """Hold what every dialect does over time; inside a class, so that it runs for each alone."""
+
+    class Timing(ServerCase):
+        settings = {"ping": 0.05}
+        path = ""
+        question: Dict[str, Any] = {"messages": USER}
+        begin = b""  # how a stream begins that waits; b"": with its pings
+        ping = b""
+        error = b""  # how an error frame begins that follows a ping
+        end = b""  # what only a whole answer has
+
+        def stream(self, script: Script) -> Stream:
+            self.ollama.queue(script)
+            return self.open("POST", self.path, {**self.question, "stream": True})
+
+        def test_a_frame_arrives_while_ollama_is_still_producing(self) -> None:
+            gate = threading.Event()
+            with self.stream(Script([content("The"), gate, content(" sky"), done()])) as stream:
+                self.assertNotIn(b" sky", stream.until(b'"The"'))
+                gate.set()
+                stream.until(b" sky")
+
+        def test_silence_before_and_after_the_first_token_is_filled_with_pings(self) -> None:
+            before, after = threading.Event(), threading.Event()
+            with self.stream(Script([before, content("The"), after, done()])) as stream:
+                self.assertTrue(stream.until(self.ping, 2).startswith(self.begin or self.ping * 2))
+                before.set()
+                stream.until(b'"The"')
+                stream.got = b""
+                stream.until(self.ping, 2)
+                after.set()
+                stream.until(self.end)
+
+        def test_an_error_after_a_ping_is_the_last_frame(self) -> None:
+            gate = threading.Event()
+            with self.stream(Script([gate, {"error": "boom"}], 500)) as stream:
+                stream.until(self.ping)
+                gate.set()
+                stream.until(self.error)
+                reply = stream.reply()
+            self.assertEqual(reply.status, 200)
+            self.assertNotIn(self.end.decode(), reply.text)
+
+        def test_a_client_that_does_not_stream_gets_no_pings(self) -> None:
+            gate = threading.Event()
+            script = self.ollama.queue(Script([gate, *SKY]))
+            with self.open("POST", self.path, {**self.question, "stream": False}) as stream:
+                self.assertTrue(script.waits.wait(PATIENCE))
+                self.assertFalse(script.left.wait(0.2))
+                gate.set()
+                self.assertIn("The sky is blue.", json.dumps(stream.reply().json))
+
+        def test_a_client_that_leaves_frees_the_model(self) -> None:
+            for stream, first in itertools.product((True, False), (True, False)):
+                with self.subTest(stream=stream, after_the_first_token=first):
+                    script = self.ollama.queue(
+                        Script([content("The")] * first + [threading.Event()]))
+                    with self.open("POST", self.path,
+                                   {**self.question, "stream": stream}) as client:
+                        self.assertTrue(script.waits.wait(PATIENCE))
+                        if first and stream:
+                            client.until(b'"The"')
+                        left = time.monotonic()
+                    self.assertTrue(script.left.wait(PATIENCE), "Ollama still generates")
+                    self.assertLess(time.monotonic() - left, 0.5)
+
+
+class FailingCase(ServerCase):
+    """Ask an Ollama that fails, in every dialect, streamed and not."""
+    settings = {"line_bytes": 9999}
+
+    def faults(self, path: str, body: Any, script: Script) -> Iterator[Tuple[bool, Reply]]:
+        """Yield what a client gets, streamed and not; no more than one question is asked."""
+        for stream in (True, False):
+            self.ollama.asked.clear()
+            self.ollama.queue(script)
+            yield stream, self.ask("POST", path, {**body, "stream": stream})
+            self.assertEqual((len(self.ollama.asked), self.ollama.scripts), (1, []))
+
+    def refused(self, reply: Reply, status: int, words: str) -> None:
+        """Check that it is an error in the words of its dialect that says whether to retry."""
+        self.assertEqual((reply.status, reply.kind), (status, "application/json"))
+        self.assertIn(words, reply.json["error"]["message"])
+        self.assertEqual("x-should-retry" in reply.headers, "retry-after" not in reply.headers)
+
+
+try:
+    import anthropic
+except ImportError:
+    anthropic = None  # type: ignore[assignment]
+try:
+    import openai
+except ImportError:
+    openai = None  # type: ignore[assignment]
+
+
+CLAUDE, CODEX = shutil.which("claude"), shutil.which("codex")
+
+
+def needs(sdk: Any, name: str) -> Callable[[Any], Any]:
+    """Skip without the SDK; but fail where CI is set, so that nobody takes a skip for a pass."""
+    return unittest.skipUnless(sdk or os.environ.get("CI"), f"the {name} SDK is not installed")
+
+
+def needs_npm(found: Any, what: str) -> Callable[[Any], Any]:
+    return unittest.skipUnless(found or (os.environ.get("CI") and not os.environ.get("WITHOUT_NPM")),
+                               f"{what} is not installed")
+
+
+class SDKCase(ServerCase):
+    settings = {"ping": 0.05}
+    url = ""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+
+class OpenAICase(SDKCase):
+
+    def client(self) -> Any:
+        client = openai.OpenAI(base_url=self.url + "/v1", api_key="none")
+        self.addCleanup(client.close)
+        return client
+
+
+def without_ids(value: Any) -> str:
+    return re.sub('"(id|call_id|tool_use_id|request_id)": "[a-z]+_[0-9a-f]{24}"', r'"\1": "ID"', json.dumps(value))
+
+
+def comparable(model: Any) -> Dict[str, Any]:
+    return {key: value for key, value in model.model_dump(exclude_none=True).items() if key != "id"}
+
+
+# A shell starts what it runs in the background with SIGINT ignored, and children would inherit it.
+take_sigint = None if os.name == "nt" else functools.partial(
+    signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+COMMAND = (sys.executable, "-I", str(HERE / "ollama_api.py"))
+WITH_LIMITS = """
+import dataclasses, json, sys
+sys.path.insert(0, sys.argv.pop(1))
+limits = json.loads(sys.argv.pop(1))
+import ollama_api as it
+parse_args = it.parse_args
+it.parse_args = lambda *given: dataclasses.replace(parse_args(*given), **limits)
+sys.exit(it.main())
+"""
+
+
+def command_with(**limits: float) -> Tuple[str, ...]:
+    """Return a command that starts the file with limits for which there are no options."""
+    return (sys.executable, "-c", WITH_LIMITS, str(HERE), json.dumps(limits))
+
+
+class ProcessCase(PatientCase):
+    """Start the file as a user does."""
+
+    def start(self, *options: str, command: Sequence[str] = COMMAND, stderr: Any = subprocess.PIPE,
+              **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
+        inherited = {name: value for name, value in os.environ.items()
+                     if not name.startswith(("OLLAMA", "PYTHON"))}
+        process = subprocess.Popen(
+            [*command, "--port", "0", *options],
+            env={**inherited, **environ}, text=True, preexec_fn=take_sigint,
+            stdout=subprocess.PIPE, stderr=stderr)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        assert process.stdout
+        banner = [process.stdout.readline().rstrip() for _ in range(3)]
+        return process, banner, int(banner[0].rpartition(":")[2])
+
+    def scripted(self) -> ScriptedOllama:
+        ollama = ScriptedOllama()
+        self.addCleanup(ollama.server_close)
+        self.addCleanup(ollama.shutdown)
+        return ollama
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process so far, where there is a /proc."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def first_bytes(port: int, request: bytes, seconds: float) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
+        sock.sendall(request)
+        return sock.recv(65536)
+
+
+def refuses(host: str, port: int) -> bool:
+    """Return whether a port accepts no connections at this moment."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return False
+    except ConnectionError:
+        return True
+
+
+def refused(host: str, port: int) -> bool:
+    """Return whether a port stops accepting connections within PATIENCE."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if refuses(host, port):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# ---- Questions and events ------------------------------------------------------------------------
+
+class Events(unittest.TestCase):
+
+    def test_events_of_both_kinds_differ_even_with_equal_text(self) -> None:
+        self.assertNotEqual(Text("a"), Thinking("a"))
+
+
+# ---- Reading requests ----------------------------------------------------------------------------
+
+BAD_JSON = [
+    (CHAT, b"{nope", "The body is not JSON: Expecting property name"),
+    (CHAT, b"", "The body is not JSON: Expecting value"),
+    (CHAT, b"[1]", "The body must be a JSON object, not a list."),
+    (CHAT, b"null", "The body must be a JSON object, not null."),
+    (CHAT, b'{"temperature": NaN}', "The body is not JSON: NaN is not JSON."),
+    (CHAT, b'{"temperature": 1e999}', "The body is not JSON: 1e999 is not JSON."),
+    (CHAT, b'{"seed": ' + b"9" * 1_000_000 + b"}", "The body is not JSON: 99999999999999999999..."),
+    (CHAT, b'{"temperature": -Infinity}', "The body is not JSON: -Infinity is not JSON."),
+    (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
+    (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
+    (CHAT, b"[" * 201 + b'"' + b'\\"' * 30_000,
+     "The body is not JSON: it is nested deeper than 200 levels."),
+    (CHAT, b"[" * 100000, "The body is not JSON: it is nested deeper than 200 levels."),
+    (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is not JSON: it is nested deeper than 200 levels."),
+    (MESSAGES, b"{", "The body is not JSON: Expecting property name"),
+]
+
+
+class Bodies(ServerCase):
+
+    def test_a_body_that_is_no_json_object_is_a_400(self) -> None:
+        self.check_refusals(BAD_JSON)
+
+    def test_how_deep_brackets_are_nested(self) -> None:
+        for data, deeper in (
+                (b'["' + b"[" * 300 + b'"]', False), (b'["\\""' + b"[" * 300, True),
+                (b'["\\\\"' + b"[" * 300, True), (b'["\\"' + b"[" * 300 + b'"]', False),
+                (b'["\\\\\\"' + b"[" * 300 + b'"]', False), (b'["a"' + b"[" * 300, True),
+                (b"[]" * 300, False), (b"[{" * 100 + b"}]" * 100, False),
+                (b"[{" * 101 + b"}]" * 101, True), (b'"' + b"[" * 300 + b'"', False)):
+            with self.subTest(data[:20]):
+                self.assertEqual(ollama_api.too_deep(data, 200), deeper)
+
+    def test_the_depth_of_a_server_holds_for_all_json_that_it_reads(self) -> None:
+        self.port = self.serve(json_depth=9).server_address[1]
+        deep = "{\"a\": " * 10 + "1" + "}" * 10
+        told = "it is nested deeper than 9 levels"
+        call = {"id": "a", "function": {"name": "a", "arguments": deep}}
+        self.check_refusals([
+            (CHAT, deep.encode(), f"The body is not JSON: {told}"),
+            (CHAT, {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+             f"messages.0.tool_calls.0.function.arguments: is not JSON: {told}")])
+        self.ollama.queue(Script([content(deep), done()]))
+        reply = self.ask("POST", MESSAGES, {
+            "messages": USER, "tools": [{"name": "a"}], "tool_choice": {"type": "any"}})
+        self.assertEqual(reply.status, 502)
+        self.assertIn(told, reply.json["error"]["message"])
+
+    def test_of_equal_keys_the_last_counts_and_long_numbers_come_through(self) -> None:
+        self.ollama.queue(Script())
+        number = int("9" * 4300)
+        reply = self.ask("POST", CHAT, b'{"messages": 5, "model": "a", "model": "b", "messages": '
+                         b'[{"role": "user", "content": "Hi"}], "tools": [{"function": {"name": "f",'
+                         b'"parameters": {"properties": {"a": {"enum": [%d]}}}}}]}' % number)
+        self.assertEqual(reply.status, 200, reply.text)
+        (_, asked), = self.ollama.asked
+        self.assertEqual((asked["model"], asked["messages"][0]["content"]), ("b", "Hi"))
+        properties = asked["tools"][0]["function"]["parameters"]["properties"]
+        self.assertEqual(properties["a"]["enum"], [number])
+
+    def test_ignored_fields_are_reported_whatever_their_names_are(self) -> None:
+        many = {f"f{n}": 1 for n in range(99)}
+        self.check_ignored([
+            (CHAT, {"user": "me", "tools": None, "a\r\nb": 1}, "?, user"),
+            (MESSAGES, {"a\r\nb": 1, "x" * 200: 1, **many},
+             ", ".join(["?", *sorted(f"f{n}" for n in range(62))])),
+            (MESSAGES, {"system": "Hi"}, None)])
+
+
+# ---- Frames --------------------------------------------------------------------------------------
+
+class Frames(unittest.TestCase):
+
+    def test_a_prepared_frame_is_the_same_as_a_plain_one(self) -> None:
+        def frame(text: str) -> bytes:
+            return ollama_api.sse({"type": "a", "before": "\"gap_", "text": text, "after": 1})
+        prepared = ollama_api.prepared(frame)
+        for text in ("", "a", '"', "\\", "a\n\ndata: b", "gap_", "\u2028", "\U0001f600", "\ud800"):
+            self.assertEqual(prepared(text), frame(text))
+            self.assertEqual(frame(text).count(b"\n"), 3)
+
+
+# ---- Anthropic Messages --------------------------------------------------------------------------
+
+class MessagesConversations(ServerCase):
+
+    def test_a_plain_question_gets_one_message(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "max_tokens": 100, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                content " sky"
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "text", "text": "The sky"}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_a_stream_has_blocks_that_open_and_close_in_turn(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "think", "max_tokens": 100, "stream": true,
+                 "thinking": {"type": "enabled", "budget_tokens": 1024},
+                 "messages": [{"role": "user", "content": "[THINK]"}]}
+            ollama is asked POST /api/chat
+                {"model": "think", "think": true, "messages": [{"role": "user", "content": "[THINK]"}],
+                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "I should"
+                thinking " think"
+                content "Answer"
+                thinking "More."
+                done length 7 12
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "think", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 2, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "thinking_delta", "thinking": "I should"}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "thinking_delta", "thinking": " think"}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "signature_delta", "signature": ""}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 0}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 1,
+                       "content_block": {"type": "text", "text": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 1,
+                       "delta": {"type": "text_delta", "text": "Answer"}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 1}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 2,
+                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 2,
+                       "delta": {"type": "thinking_delta", "thinking": "More."}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 2,
+                       "delta": {"type": "signature_delta", "signature": ""}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 2}
+                event: message_delta
+                data: {"type": "message_delta",
+                       "delta": {"stop_reason": "max_tokens", "stop_sequence": null},
+                       "usage": {"input_tokens": 7, "output_tokens": 12,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+                event: message_stop
+                data: {"type": "message_stop"}
+            """)
+
+    def test_claude_codes_system_texts_keep_the_kv_cache_warm(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages?beta=true anthropic_version:2023-06-01
+                {"model": "plain", "temperature": 1, "top_p": 0.5, "top_k": 4,
+                 "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "high"},
+                 "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1f;"},
+                            {"type": "text", "text": "You are Claude Code.", "cache_control": {"type": "ephemeral"}},
+                            {"type": "text", "text": "Be brief."}],
+                 "messages": [{"role": "user", "content": [{"type": "text", "text": "Date: today"},
+                                                           {"type": "text", "text": "Hi"}]},
+                              {"role": "system", "content": [{"type": "text", "text": "Tools: none"}]},
+                              {"role": "assistant", "content": [
+                                 {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                                 {"type": "text", "text": "Hello."}]},
+                              {"role": "system", "content": "Tokens left: 9"},
+                              {"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": "high", "messages": [
+                   {"role": "system", "content": "You are Claude Code.\n\nBe brief.\n\nTools: none"},
+                   {"role": "user", "content": "Date: today\n\nHi"},
+                   {"role": "assistant", "content": "Hello.", "thinking": "Hm."},
+                   {"role": "user", "content": "Tokens left: 9"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "options": {"temperature": 1, "top_p": 0.5, "top_k": 4},
+                 "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "think value \"high\" is not supported for this model"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": true, "messages": [
+                   {"role": "system", "content": "You are Claude Code.\n\nBe brief.\n\nTools: none"},
+                   {"role": "user", "content": "Date: today\n\nHi"},
+                   {"role": "assistant", "content": "Hello.", "thinking": "Hm."},
+                   {"role": "user", "content": "Tokens left: 9"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "options": {"temperature": 1, "top_p": 0.5, "top_k": 4},
+                 "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "Hm."
+                content "Blue."
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "thinking", "thinking": "Hm.", "signature": ""},
+                             {"type": "text", "text": "Blue."}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_the_stop_sequence_that_matched_is_named(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "stop_sequences": ["END", " beta"],
+                 "messages": [{"role": "user", "content": "[STOP]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[STOP]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "alpha"
+                content " beta"
+                content " gamma"
+                done stop 7 4
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "text", "text": "alpha"}],
+                 "stop_reason": "stop_sequence", "stop_sequence": " beta",
+                 "usage": {"input_tokens": 2, "output_tokens": 2,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_a_stream_that_is_cut_ends_in_an_error_and_without_message_stop(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "The"
+                CUT
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "plain", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 2, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "text", "text": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "text_delta", "text": "The"}}
+                event: error
+                data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
+                       "message": "Ollama's answer is broken: IncompleteRead(0 bytes read)."}}
+            """)
+
+    def test_a_model_that_is_not_installed_is_a_404_on_a_stream_too(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "nope", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "nope", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 404
+                {"error": "model 'nope' not found"}
+            client gets 404 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "not_found_error",
+                 "message": "model: \"nope\" is not installed in Ollama. Installed: plain:latest, hf.co/someone/think:latest. To install it: ollama pull nope"}}
+            """)
+
+    def test_a_prompt_that_is_too_long_is_reported_in_words_for_claude_code(self) -> None:
+        # Up to 0.29 Ollama gives no numbers: the window of the loaded model, and an estimate.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "messages": [{"role": "user", "content": "word word"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "word word"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "the input length exceeds the context length"}
+            client gets 400 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
+                 "message": "prompt is too long: 513 tokens > 512 maximum"}}
+            """)
+
+    def test_a_tool_call_comes_after_thoughts_as_a_block_of_its_own(self) -> None:
+        # As releases to 0.20 and the rendered path of 0.32 send it: before the last line.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "both", "max_tokens": 100, "stream": true, "thinking": {"type": "adaptive"},
+                 "tools": [{"name": "get_weather", "description": "Weather", "cache_control": {"type": "ephemeral"},
+                            "input_schema": {"$schema": "x", "type": "object", "required": ["city"],
+                                             "properties": {"city": {"type": "string", "pattern": "(?=x)"}, "b": true},
+                                             "additionalProperties": false}},
+                           {"type": "custom", "name": "now", "input_schema": {}}],
+                 "tool_choice": {"type": "auto"},
+                 "messages": [{"role": "user", "content": "[TOOL]"}]}
+            ollama is asked POST /api/chat
+                {"model": "both", "think": true, "messages": [{"role": "user", "content": "[TOOL]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather",
+                              "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "b": {}},
+                                             "required": ["city"]}}},
+                           {"type": "function", "function": {"name": "now", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "Hm."
+                tool get_weather {"city": "Paris"}
+                done stop 267 8
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "both", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 80, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "thinking_delta", "thinking": "Hm."}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "signature_delta", "signature": ""}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 0}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 1, "content_block":
+                       {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {}}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 1,
+                       "delta": {"type": "input_json_delta", "partial_json": "{\"city\": \"Paris\"}"}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 1}
+                event: message_delta
+                data: {"type": "message_delta",
+                       "delta": {"stop_reason": "tool_use", "stop_sequence": null},
+                       "usage": {"input_tokens": 267, "output_tokens": 8,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+                event: message_stop
+                data: {"type": "message_stop"}
+            """)
+
+    def test_two_tool_calls_inside_the_last_line_are_two_blocks(self) -> None:
+        # As the native path of 0.32 sends them.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "jinja", "tools": [{"name": "get_weather", "input_schema": {"type": "object"}}],
+                 "messages": [{"role": "user", "content": "[TWO]"}]}
+            ollama is asked POST /api/chat
+                {"model": "jinja", "think": false, "messages": [{"role": "user", "content": "[TWO]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Let me look."
+                done stop 468 6 get_weather {"city": "Oslo"} get_weather {"city": "Oslo"}
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "jinja",
+                 "content": [{"type": "text", "text": "Let me look."},
+                             {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {"city": "Oslo"}},
+                             {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {"city": "Oslo"}}],
+                 "stop_reason": "tool_use", "stop_sequence": null,
+                 "usage": {"input_tokens": 468, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_parallel_calls_can_be_disabled(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "tools", "tools": [{"name": "get_weather"}], "max_tokens": 9,
+                 "tool_choice": {"type": "auto", "disable_parallel_tool_use": true},
+                 "messages": [{"role": "user", "content": "[TWO]"}]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[TWO]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {"num_predict": 9}, "stream": true, "truncate": false}
+            ollama answers 200
+                tool get_weather {"city": "Oslo"}
+                tool get_weather {"city": "Rome"}
+                done length 267 9
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "tools",
+                 "content": [{"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {"city": "Oslo"}}],
+                 "stop_reason": "max_tokens", "stop_sequence": null,
+                 "usage": {"input_tokens": 267, "output_tokens": 9,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_tool_results_go_before_the_text_of_their_turn(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "tools", "tools": [{"name": "look"}], "tool_choice": {"type": "none"}, "messages": [
+                   {"role": "user", "content": "Look!"},
+                   {"role": "assistant", "content": [
+                      {"type": "thinking", "thinking": "Hm.", "signature": "forged"},
+                      {"type": "redacted_thinking", "data": "xyz"},
+                      {"type": "text", "text": "I look."},
+                      {"type": "tool_use", "id": "toolu_01A", "name": "look", "input": {"at": "a", "Z": 1}},
+                      {"type": "tool_use", "id": "toolu_01B", "name": "fetch", "input": {}}]},
+                   {"role": "user", "content": [
+                      {"type": "text", "text": "Well?"},
+                      {"type": "tool_result", "tool_use_id": "toolu_01B", "is_error": true, "content": [
+                         {"type": "text", "text": "no"}, {"type": "text", "text": "way"}]},
+                      {"type": "tool_result", "tool_use_id": "toolu_01A", "content": [
+                         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}]},
+                   {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_01A", "name": "again", "input": {}}]},
+                   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_01A"}]},
+                   {"role": "assistant", "content": [{"type": "thinking", "thinking": "So.", "signature": ""}]},
+                   {"role": "user", "content": "Go on."}]}
+            ollama is asked POST /api/show
+                {"model": "tools"}
+            ollama answers 200
+                {"capabilities": ["completion", "tools", "vision"]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "think": false, "messages": [
+                   {"role": "user", "content": "Look!"},
+                   {"role": "assistant", "content": "I look.", "thinking": "Hm.", "tool_calls": [
+                      {"id": "call00001", "function": {"name": "look", "arguments": {"at": "a", "Z": 1}}},
+                      {"id": "call00002", "function": {"name": "fetch", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "fetch", "tool_call_id": "call00002", "content": "The tool failed: no\n\nway"},
+                   {"role": "tool", "tool_name": "look", "tool_call_id": "call00001", "content": "(no text)", "images": ["iVBORw0KGgo="]},
+                   {"role": "user", "content": "Well?"},
+                   {"role": "assistant", "content": "", "tool_calls": [
+                      {"id": "call00003", "function": {"name": "again", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "again", "tool_call_id": "call00003", "content": "(no text)"},
+                   {"role": "assistant", "content": "", "thinking": "So."},
+                   {"role": "user", "content": "Go on."}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Blue."
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "tools",
+                 "content": [{"type": "text", "text": "Blue."}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_documents_and_search_results_are_inlined(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "messages": [{"role": "user", "content": [
+                   {"type": "document", "title": "A \"b\"", "context": "Old.", "citations": {"enabled": true},
+                    "source": {"type": "text", "media_type": "text/plain", "data": "One."}},
+                   {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "Two."}]}},
+                   {"type": "document", "source": {"type": "content", "content": "Three."}},
+                   {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}},
+                   {"type": "search_result", "title": "T", "source": "http://a", "content": [{"type": "text", "text": "Four."}]},
+                   {"type": "hologram", "data": 1},
+                   {"type": "mid_conv_system", "content": [{"type": "text", "text": "Be brief."}]}]}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content":
+                   "<document title=\"A \\\"b\\\"\">\nOld.\n\nOne.\n</document>\n\n<document title=\"\">\nTwo.\n</document>\n\n<document title=\"\">\nThree.\n</document>\n\n<document title=\"\">\n(application/pdf: cannot be read here)\n</document>\n\nT (http://a)\n\nFour.\n\nBe brief."}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                done stop 7 1
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain", "content": [],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 1,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_images_for_a_blind_model_are_refused(self) -> None:
+        # Ollama 0.12 and 0.20 would answer as if nothing were amiss.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "stream": true, "messages": [{"role": "user", "content": [
+                   {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}},
+                   {"type": "text", "text": "What is it?"}]}]}
+            ollama is asked POST /api/show
+                {"model": "plain"}
+            ollama answers 200
+                {"capabilities": ["completion"]}
+            client gets 400 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
+                 "message": "model: \"plain\" cannot see images."}}
+            """)
+
+    def test_a_named_tool_is_called_by_binding_the_answer(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "max_tokens": 100, "stream": true, "system": "Be kind.",
+                 "thinking": {"type": "enabled", "budget_tokens": 1024},
+                 "tools": [{"name": "other", "input_schema": {"type": "object"}},
+                           {"name": "get_weather", "description": "Weather", "input_schema":
+                              {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}},
+                               "required": ["city"], "$defs": {"City": {"type": "string", "minLength": 1}}}}],
+                 "tool_choice": {"type": "tool", "name": "get_weather"},
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Be kind.\n\nCall the tool get_weather: answer with the JSON object of its arguments, and nothing else: {\"name\": \"get_weather\", \"description\": \"Weather\", \"parameters\": {\"type\": \"object\", \"properties\": {\"city\": {\"$ref\": \"#/$defs/City\"}}, \"required\": [\"city\"], \"$defs\": {\"City\": {\"type\": \"string\", \"minLength\": 1}}}}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}},
+                            "required": ["city"], "$defs": {"City": {"type": "string"}}},
+                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{"
+                content "\"city\": \"Paris"
+                content "\"}"
+                done stop 7 24
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "plain", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 81, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0, "content_block":
+                       {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {}}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "input_json_delta", "partial_json": "{\"city\": \"Paris\"}"}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 0}
+                event: message_delta
+                data: {"type": "message_delta",
+                       "delta": {"stop_reason": "tool_use", "stop_sequence": null},
+                       "usage": {"input_tokens": 7, "output_tokens": 24,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+                event: message_stop
+                data: {"type": "message_stop"}
+            """)
+
+    def test_any_tool_is_called_by_binding_the_answer_to_all_of_them(self) -> None:
+        # Since 0.32 the native path generates properties in alphabetical order.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "tools": [{"name": "a", "input_schema": {"type": "object", "properties": {}}},
+                    {"name": "b", "input_schema": {"properties": {"next": {"$ref": "#"}}}}],
+                 "tool_choice": {"type": "any"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Call one of these tools: answer with a JSON object of its \"name\" and \"parameters\", and nothing else: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {}}}, {\"name\": \"b\", \"description\": \"\", \"parameters\": {\"properties\": {\"next\": {\"$ref\": \"#\"}}}}]"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object", "properties": {}}},
+                     "required": ["name", "parameters"]},
+                    {"type": "object", "properties": {"name": {"const": "b"}, "parameters":
+                       {"type": "object", "properties": {"next": {"$ref": "#/$defs/root"}}}},
+                     "required": ["name", "parameters"]}],
+                    "$defs": {"root": {"properties": {"next": {"$ref": "#/$defs/root"}}}}},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"name\": \"b\", "
+                content "\"parameters\": {\"next\": {}}}"
+                done stop 7 24
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "tool_use", "id": "toolu_ID", "name": "b", "input": {"next": {}}}],
+                 "stop_reason": "tool_use", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 24,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_a_forced_call_that_is_cut_short_is_no_call(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "max_tokens": 3, "tools": [{"name": "a"}],
+                 "tool_choice": {"type": "any"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Call the tool a: answer with the JSON object of its arguments, and nothing else: {\"name\": \"a\", \"description\": \"\", \"parameters\": {}}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object"},
+                 "options": {"num_predict": 3}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"x\": "
+                done length 7 3
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain", "content": [],
+                 "stop_reason": "max_tokens", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 3,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_an_answer_that_is_bound_to_a_schema(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "output_config": {"effort": "low", "format": {"type": "json_schema", "schema":
+                   {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^\\d+$"}}, "required": ["zip"]}}},
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Answer with JSON of this schema, and nothing else: {\"type\": \"object\", \"properties\": {\"zip\": {\"type\": \"string\", \"pattern\": \"^\\\\d+$\"}}, \"required\": [\"zip\"]}"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"type": "object", "properties": {"zip": {"type": "string"}}, "required": ["zip"]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"zip\":"
+                content " \"1\"}"
+                done stop 7 9
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "text", "text": "{\"zip\": \"1\"}"}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 9,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_tools_beside_a_schema_stay_callable(self) -> None:
+        # Ollama never calls a tool when it is given both.
+        for answer, block in (
+                (r'{\"name\": \"a\", \"parameters\": {}}',
+                 r'{"type": "tool_use", "id": "toolu_ID", "name": "a", "input": {}}'),
+                (r'{\"answer\": {\"y\": \"\u00e4\", \"x\": 1}}',
+                 r'{"type": "text", "text": "{\"y\": \"\u00e4\", \"x\": 1}"}')):
+            del self.ollama.asked[:]
+            self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "tools": [{"name": "a"}], "output_format": {"type": "json_schema", "schema": {}},
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Answer with a JSON object, and nothing else: to call a tool, of its \"name\" and \"parameters\"; else of an \"answer\" with the schema {}. The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
+                     "required": ["name", "parameters"]},
+                    {"type": "object", "properties": {"answer": {}}, "required": ["answer"]}]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "ANSWER"
+                done stop 7 9
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [BLOCK],
+                 "stop_reason": "REASON", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 9,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """.replace("ANSWER", answer).replace("BLOCK", block).replace(
+                "REASON", "tool_use" if "tool_use" in block else "end_turn"))
+
+    def test_a_tool_call_that_ollama_swallowed_is_an_error(self) -> None:
+        # Up to 0.32, Ollama drops a call that it cannot parse, or of a tool that was not offered.
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "tools", "stream": true, "tools": [{"name": "get_weather"}],
+                 "messages": [{"role": "user", "content": "[BADTOOL]"}]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[BADTOOL]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                done stop 267 6
+            client gets 502 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
+                 "message": "The model ended without an answer. If it wrote a tool call, Ollama could not read it, and it is lost."}}
+            """)
+
+    def test_a_tool_call_of_an_answer_that_breaks_off_is_not_passed_on(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "tools", "stream": true, "tools": [{"name": "get_weather"}],
+                 "messages": [{"role": "user", "content": "[MIX]"}]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[MIX]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Let"
+                tool get_weather {"city": "Bonn"}
+                CUT
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "tools", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 34, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "text", "text": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "text_delta", "text": "Let"}}
+                event: error
+                data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
+                       "message": "Ollama's answer is broken: IncompleteRead(0 bytes read)."}}
+            """)
+
+    def test_a_prefill_is_continued_and_not_repeated(self) -> None:
+        # The native path of 0.32 repeats it at the start of the text, other releases do not.
+        for parts, text in ((["The ", "sky", " is"], " is"), ([" is"], " is"), (["The", "me"], "Theme"),
+                            (["The"], "The"), (["The sky"], None)):
+            del self.ollama.asked[:]
+            self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"},
+                                                {"role": "assistant", "content": "The sky"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"},
+                                                                {"role": "assistant", "content": "The sky"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                PARTS
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [BLOCK],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """.replace("PARTS", "\n                ".join(f'content "{part}"' for part in parts)).replace(
+                "BLOCK", "" if text is None else json.dumps({"type": "text", "text": text})))
+
+    def test_a_model_that_cannot_think_answers_without_thoughts(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "thinking": {"type": "enabled", "budget_tokens": 2000},
+                 "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": true, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "\"plain\" does not support thinking"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Blue."
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
+                 "content": [{"type": "text", "text": "Blue."}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 6,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """)
+
+    def test_tools_for_a_model_that_has_none_are_refused_by_ollama(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "tools": [{"name": "a"}], "messages": [{"role": "user", "content": "[TEXT]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "tools": [{"type": "function", "function": {"name": "a", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
+            client gets 400 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
+                 "message": "registry.ollama.ai/library/plain:latest does not support tools"}}
+            """)
+
+    def test_a_thread_is_refused_in_the_way_that_the_tool_runner_understands(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "thread": {"type": "create"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
+            client gets 400 application/json
+                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
+                 "message": "thread: threads are not kept here, send all messages",
+                 "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}}
+            """)
+
+
+MESSAGES_REFUSALS = [
+    (MESSAGES, {}, "messages: is required"),
+    (MESSAGES, {"messages": []}, "messages: must not be empty"),
+    (MESSAGES, {"messages": {}}, "messages: must be a list, not an object"),
+    (MESSAGES, {"messages": [{"role": "developer", "content": "Hi"}]},
+     "messages.0.role: must be one of user, assistant, system, not \"developer\""),
+    (MESSAGES, {"messages": [{"role": "user", "content": 5}]},
+     "messages.0.content: must be a string or a list of blocks, not an integer"),
+    (MESSAGES, {"messages": [{"role": "user", "content": None}]},
+     "messages.0.content: is required"),
+    (MESSAGES, {"messages": [{"role": "user", "content": ["Hi"]}]},
+     "messages.0.content.0: must be an object, not a string"),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
+     "messages.0.content.0.type: is required"),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]},
+     "messages.0.content.0.type: tool_use cannot be in content of role user"),
+    *((MESSAGES, {"messages": USER + [{"role": "user", "content": [block]}]},
+       "messages.1.content.0." + message) for block, message in (
+        ({"type": "text", "text": None}, "text: is required"),
+        ({"type": "image"}, "source: is required"),
+        ({"type": "image", "source": {"type": "url", "url": "http://a"}},
+         'source.type: must be base64, not "url": this server fetches nothing'),
+        ({"type": "image", "source": {"type": "base64", "data": 5}},
+         "source.data: must be a string"),
+        ({"type": "image", "source": {"type": "base64", "data": "***"}},
+         "source.data: is not base64: "),
+        ({"type": "image", "source": {"type": "base64", "data": "data:image/png;base64,AAAA"}},
+         "source.data: is not base64: "),
+        ({"type": "image", "source": {"type": "base64", "data": ""}},
+         "source.data: must not be empty"),
+        ({"type": "document", "source": {"type": "file", "file_id": "f"}},
+         'source.type: must be text or content or base64, not "file"'),
+        ({"type": "document", "source": {"type": "content", "content": 5}},
+         "source.content: must be a string or a list of blocks"),
+        ({"type": "search_result", "title": "T"}, "source: is required"),
+        ({"type": "tool_result"}, "tool_use_id: is required"),
+        ({"type": "tool_result", "tool_use_id": "toolu_9"},
+         'tool_use_id: no tool call before has the id "toolu_9"'))),
+    *((MESSAGES, {"messages": USER + [{"role": "assistant", "content": [block]}]},
+       "messages.1.content.0." + message) for block, message in (
+        ({"type": "tool_use", "name": "a", "input": {}}, "id: is required"),
+        ({"type": "tool_use", "id": "a", "input": {}}, "name: is required"),
+        ({"type": "tool_use", "id": "a", "name": "a", "input": "{}"},
+         "input: must be an object, not a string"),
+        ({"type": "thinking"}, "thinking: is required"),
+        ({"type": "tool_result", "tool_use_id": "a"}, "type: tool_result cannot be in "))),
+    (MESSAGES, {"messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "a", "name": "a", "input": {}}]}, {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "is_error": "yes"}]}]},
+     "messages.1.content.0.is_error: must be true or false"),
+    (MESSAGES, {"messages": USER, "tools": {}}, "tools: must be a list"),
+    (MESSAGES, {"messages": USER, "tools": [{"input_schema": {}}]}, "tools.0.name: is required"),
+    (MESSAGES, {"messages": USER, "tools": [{"name": ""}]}, "tools.0.name: must not be empty"),
+    (MESSAGES, {"messages": USER, "tools": [{"name": "a", "input_schema": []}]},
+     "tools.0.input_schema: must be an object, not a list"),
+    (MESSAGES, {"messages": USER, "tools": [{"name": "a", "description": 5}]},
+     "tools.0.description: must be a string"),
+    (MESSAGES, {"messages": USER, "tool_choice": "any"}, "tool_choice: must be an object"),
+    (MESSAGES, {"messages": USER, "tool_choice": {"type": "must"}}, "tool_choice.type: must be"),
+    (MESSAGES, {"messages": USER, "tool_choice": {"type": "any"}},
+     "tool_choice.type: is any, but no tool is offered"),
+    (MESSAGES, {"messages": USER, "tools": [{"name": "a"}],
+                "tool_choice": {"type": "tool", "name": "b"}},
+     'tool_choice.name: must be one of a, not "b"'),
+    (MESSAGES, {"messages": USER, "tools": [{"type": "web_search_20250305", "name": "web_search"}],
+                "tool_choice": {"type": "tool", "name": "web_search"}},
+     'tool_choice.name: must be one of nothing, not "web_search"'),
+    (MESSAGES, {"messages": USER, "tools": [{"name": "a", "input_schema": {
+        "properties": {"x": {"$ref": "#/$defs/x"}}}}], "tool_choice": {"type": "any"}},
+     'tools.0.input_schema.properties.x.$ref: "#/$defs/x" leads nowhere'),
+    (MESSAGES, {"messages": USER, "output_config": {"format": {"type": "json_object"}}},
+     "output_config.format.type: must be one of json_schema"),
+    (MESSAGES, {"messages": USER, "output_format": {"type": "json_schema"}},
+     "output_format.schema: is required"),
+    (MESSAGES, {"messages": USER, "output_format": {"type": "json_schema", "schema": {
+        "$ref": "#"}}}, "output_format.schema.$ref: leads back to itself"),
+    (MESSAGES + "/count_tokens", {"messages": "Hi"}, "messages: must be a list, not a string"),
+    (MESSAGES, {"messages": USER, "system": 5}, "system: must be a string or a list of blocks"),
+    (MESSAGES, {"messages": USER, "max_tokens": "9"}, "max_tokens: must be an integer"),
+    (MESSAGES, {"messages": USER, "stop_sequences": "END"}, "stop_sequences: must be a list"),
+    (MESSAGES, {"messages": USER, "stop_sequences": [1]}, "stop_sequences.0: must be a string"),
+    (MESSAGES, {"messages": USER, "thinking": {"type": "deep"}}, "thinking.type: must be one of "),
+    (MESSAGES, {"messages": USER, "thinking": {"type": "adaptive"},
+                "output_config": {"effort": "some"}}, "output_config.effort: must be one of "),
+    (MESSAGES, {"messages": USER, "output_config": {"effort": 0}},
+     "output_config.effort: must be a string"),
+    (MESSAGES, {"messages": USER, "tools": [{"name": "a"}], "tool_choice": {"type": "any"},
+                "output_format": {"type": "xml"}}, "output_format.type: must be one of"),
+    (MESSAGES, {"messages": USER, "top_k": None, "stream": 1}, "stream: must be true or false"),
+]
+
+
+MESSAGES_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
+    (MESSAGES, {"metadata": {"user_id": "me"},
+                "thinking": {"type": "disabled", "display": "x"},
+                "output_config": {"task_budget": {}, "effort": "low"}},
+     "metadata, output_config.effort, output_config.task_budget, thinking.display"),
+    (MESSAGES, {"tools": [{"name": "a"}, {"type": "bash_20250124", "name": "bash"},
+                          {"name": "later", "defer_loading": True}],
+                "messages": [{"role": "user", "content": [
+                    {"type": "container_upload", "file_id": "f"},
+                    {"type": "document", "source": {"type": "base64", "data": ""}}]}]},
+     "messages.0.content.0, messages.0.content.1, tools.1, tools.2"),
+    (MESSAGES, {"tools": [{"name": "a", "input_schema": prop({"maxLength": 5})}],
+                "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}},
+     "thinking, tools.0.input_schema.properties.a.maxLength"),
+    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {"not": {}}}},
+     "output_format.schema.not"),
+    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}},
+                "tools": [{"name": "a"}], "tool_choice": {"type": "any"}},
+     "output_format.schema")]
+
+
+class Messages(ServerCase):
+
+    def test_bad_input_is_a_400_that_names_the_field(self) -> None:
+        self.check_refusals(MESSAGES_REFUSALS)
+
+    def test_fields_without_effect_are_reported(self) -> None:
+        self.check_ignored(MESSAGES_IGNORED)
+
+    def test_how_much_thought_is_asked_for(self) -> None:
+        for thinking_, effort, think in (
+                (None, None, False), (None, "high", False), ({"type": "disabled"}, "high", False),
+                ({"type": "enabled", "budget_tokens": 5}, None, True), ({"type": "adaptive"}, None, True),
+                ({"type": "between_tools"}, None, True), ({"type": "adaptive"}, "low", "low"),
+                ({"type": "adaptive"}, "xhigh", "max"), ({"type": "enabled"}, "max", "max")):
+            self.ollama.queue(Script())
+            self.ask("POST", MESSAGES, {"messages": USER, "thinking": thinking_,
+                                        "output_config": {"effort": effort}})
+            self.assertEqual(self.ollama.asked[-1][1]["think"], think)
+
+    def test_an_image_in_a_search_result_is_seen(self) -> None:
+        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        self.ollama.queue(Script([{"capabilities": ["vision"]}]), Script())
+        self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
+            {"type": "search_result", "title": "T", "source": "s", "content": [image]}]}]})
+        self.assertEqual(self.ollama.asked[1][1]["messages"][0]["images"], ["AAAA"])
+        reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
+            {"type": "mid_conv_system", "content": [image]}]}]})
+        self.assertEqual(reply.status, 400)
+
+    def test_the_types_of_anthropics_errors(self) -> None:
+        for status, retry_after, kind in (
+                (400, None, "invalid_request_error"), (401, None, "authentication_error"),
+                (403, None, "permission_error"), (404, None, "not_found_error"),
+                (405, None, "invalid_request_error"), (413, None, "request_too_large"),
+                (429, None, "rate_limit_error"), (500, None, "api_error"), (502, None, "api_error"),
+                (503, None, "api_error"), (503, 5, "overloaded_error"), (504, None, "timeout_error")):
+            error = ollama_api.APIError(status, "words", retry_after=retry_after)
+            self.assertEqual(ollama_api.messages_error(error, "req_1"), {
+                "type": "error", "request_id": "req_1", "error": {"type": kind, "message": "words"}})
+
+
+class MessagesTiming(EveryDialect.Timing):
+    path = MESSAGES
+    ping = b'event: ping\ndata: {"type": "ping"}\n\n'
+    error = b'\n\nevent: error\ndata: {"type": "error"'
+    end = b"message_stop"
+
+
+@needs(anthropic, "anthropic")
+class AnthropicSDK(SDKCase):
+    QUESTION: Dict[str, Any] = {"model": "plain", "max_tokens": 100, "messages": USER}
+
+    def client(self, suffix: str = "") -> Any:
+        client = anthropic.Anthropic(base_url=self.url + suffix, api_key="none")
+        self.addCleanup(client.close)
+        return client
+
+    def test_create(self) -> None:
+        self.ollama.queue(Script(), Script())
+        for suffix in ("", "/v1"):                            # either base URL does
+            message = self.client(suffix).messages.create(**self.QUESTION)
+            self.assertEqual([block.text for block in message.content], ["The sky is blue."])
+            self.assertEqual((message.stop_reason, message.stop_sequence), ("end_turn", None))
+            self.assertEqual((message.usage.input_tokens, message.usage.output_tokens), (7, 6))
+            self.assertRegex(message._request_id, "^req_")
+
+    def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_message(self) -> None:
+        gate = threading.Event()
+        thoughts = [thinking("I should"), thinking(" think"), content("Answer"), done("length")]
+        question = {**self.QUESTION, "thinking": {"type": "enabled", "budget_tokens": 50}}
+        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
+        timer = threading.Timer(0.3, gate.set)                # six pings
+        timer.start()
+        self.addCleanup(timer.join)
+        with self.client().messages.stream(**question) as stream:
+            kinds = [event.type for event in stream]
+            streamed = stream.get_final_message()
+        whole = self.client().messages.create(**question)
+        self.assertEqual(whole.content[0].thinking, "I should think")
+        self.assertEqual(whole.content[1].text, "Answer")
+        self.assertEqual(kinds[0], "message_start")
+        self.assertEqual(kinds[-1], "message_stop")
+        self.assertEqual(comparable(streamed), comparable(whole))
+
+    def test_a_stream_ends_as_the_whole_message_for_every_conversation(self) -> None:
+        compared = collections.Counter(self.compare(text) for text in transcripts(MessagesConversations))
+        self.assertGreater(compared["message"], 15)
+        self.assertGreater(compared["error"], 5)
+
+    def compare(self, text: str) -> str:
+        """Play one transcript through the SDK, whole and streamed; return what it came to."""
+        parts = parts_of(text)
+        body = json.loads(parts[0][2])
+        body.pop("stream", None)
+        first = {name: body.pop(name, otherwise) for name, otherwise in (
+            ("model", "plain"), ("max_tokens", 100), ("messages", None))}
+        results: List[Any] = []
+        for way in (self.whole, self.streamed):
+            self.ollama.scripts = scripts_of(parts)
+            with self.subTest(text=text[:400]):
+                try:
+                    results.append(comparable(way(**first, extra_body=body)))
+                except anthropic.APIError as error:
+                    results.append(error.body)
+        with self.subTest(text=text[:400]):
+            self.assertEqual(*(without_ids(result) for result in results))
+        return str(results[0]["type"])
+
+    def whole(self, **question: Any) -> Any:
+        return self.client().messages.create(**question)
+
+    def streamed(self, **question: Any) -> Any:
+        with self.client().messages.stream(**question) as stream:
+            return stream.get_final_message()
+
+    def test_the_tool_runner_carries_on_without_threads(self) -> None:
+        said: List[str] = []
+
+        @anthropic.beta_tool
+        def get_weather(city: str) -> str:
+            """Weather
+
+            Args:
+                city: where
+            """
+            said.append(city)
+            return "sunny"
+        self.ollama.queue(Script([line(calls(("get_weather", {"city": "Paris"}))), done()]), Script())
+        runner = self.client().beta.messages.tool_runner(
+            model="tools", max_tokens=100, tools=[get_weather], messages=USER)
+        self.assertEqual(runner.until_done().content[0].text, "The sky is blue.")
+        self.assertEqual(said, ["Paris"])
+        result = self.ollama.asked[1][1]["messages"][-1]
+        self.assertEqual((result["role"], result["content"], result["tool_name"]),
+                         ("tool", "sunny", "get_weather"))
+        threads = int(anthropic.__version__.partition(".")[0]) >= 2
+        self.eventually(lambda: len(LOG) == 2 + threads)
+        self.assertEqual([" 400 " in entry for entry in LOG].count(True), int(threads))
+
+    def test_images_and_thoughts(self) -> None:
+        self.ollama.queue(Script([{"capabilities": ["vision"]}]),
+                          Script([thinking("Hm."), content("A dot."), done()]))
+        message = self.client().messages.create(
+            model="eyes", max_tokens=2000, thinking={"type": "enabled", "budget_tokens": 1024},
+            messages=[{"role": "user", "content": [{"type": "image", "source": {
+                "type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}])
+        self.assertEqual([block.type for block in message.content], ["thinking", "text"])
+        self.assertEqual(self.ollama.asked[1][1]["messages"][0]["images"], ["iVBORw0KGgo="])
+        self.ollama.queue(Script())
+        self.client().messages.create(model="eyes", max_tokens=9, messages=[
+            *USER, {"role": "assistant", "content": message.content}, *USER])
+        self.assertEqual(self.ollama.asked[2][1]["messages"][1]["thinking"], "Hm.")
+
+    def test_structured_output(self) -> None:
+        import pydantic                               # comes with the SDK
+
+        class City(pydantic.BaseModel):
+            name: str
+            twin: Optional[City] = None
+
+        City.model_rebuild(_types_namespace={"City": City, "Optional": Optional})
+        self.ollama.queue(Script([content('{"name": "Paris",'), content(' "twin": null}'), done()]))
+        question = {**self.QUESTION, "messages": USER}
+        if hasattr(self.client().messages, "parse"):
+            found = self.client().messages.parse(**question, output_format=City).parsed_output
+        else:
+            message = self.client().messages.create(**question, extra_body={"output_format": {
+                "type": "json_schema", "schema": City.model_json_schema()}})
+            found = City.model_validate_json(message.content[0].text)
+        self.assertEqual(found, City(name="Paris"))
+        self.assertEqual(list(hazards(*[self.ollama.asked[0][1]["format"]] * 2)), [])
+
+    def test_count_tokens(self) -> None:
+        count = self.client().messages.count_tokens(model="plain", messages=USER, tools=[])
+        self.assertEqual((count.input_tokens, self.ollama.asked), (2, []))
+
+    def test_async(self) -> None:
+        self.ollama.forever = lambda body: Script()
+
+        async def texts() -> List[str]:
+            async with anthropic.AsyncAnthropic(base_url=self.url, api_key="none") as client:
+                async def one() -> str:
+                    async with client.messages.stream(**self.QUESTION) as stream:
+                        return "".join([text async for text in stream.text_stream])
+                return list(await asyncio.gather(*(one() for _ in range(20))))
+        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
+
+    def test_errors_have_their_classes_and_are_not_asked_for_again(self) -> None:
+        for script, kind, words in (
+                (Script([{"error": "model 'nope' not found"}], 404),
+                 anthropic.NotFoundError, "ollama pull"),
+                (Script([{"error": "invalid model name"}], 400),
+                 anthropic.BadRequestError, "invalid model name"),
+                (Script([{"error": "llama-server process has terminated"}], 500),
+                 anthropic.InternalServerError, "terminated")):
+            del self.ollama.asked[:]
+            self.ollama.queue(script)
+            with self.assertRaisesRegex(kind, words):
+                self.client().messages.create(**self.QUESTION)
+            self.assertEqual(len(self.ollama.asked), 1)
+
+    def test_a_cut_stream_raises(self) -> None:
+        self.ollama.queue(Script([content("The"), CUT]))
+        with self.assertRaisesRegex(anthropic.APIError, "is broken"):
+            with self.client().messages.stream(**self.QUESTION) as stream:
+                stream.get_final_message()
+
+    def test_models(self) -> None:
+        found = list(self.client().models.list())
+        self.assertEqual([model.id for model in found], [model["name"] for model in TAGS["models"]])
+        self.assertEqual(found[0].created_at.year, 2026)
+        model = self.client().models.retrieve("hf.co/someone/think:latest")
+        self.assertEqual((model.id, model.type), ("hf.co/someone/think:latest", "model"))
+
+
+@needs_npm(CLAUDE, "Claude Code")
+class ClaudeCode(SDKCase):
+    """Run Claude Code itself, with a home and a folder of its own, and nowhere to go but here."""
+
+    def run_claude(self, prompt: str, folder: str) -> str:
+        environment = {
+            "HOME": folder, "PATH": os.environ["PATH"], "ANTHROPIC_BASE_URL": self.url,
+            "ANTHROPIC_AUTH_TOKEN": "none", "ANTHROPIC_MODEL": "tools",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+        work = Path(folder, "work")
+        work.mkdir(exist_ok=True)
+        process = subprocess.run([str(CLAUDE), "-p", prompt], cwd=str(work), env=environment,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True, timeout=120)
+        self.assertEqual(process.returncode, 0, process.stdout)
+        return process.stdout.strip()
+
+    def test_a_plain_answer(self) -> None:
+        self.ollama.forever = lambda body: Script()
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(self.run_claude("Why is the sky blue?", folder), "The sky is blue.")
+        system = self.ollama.asked[0][1]["messages"][0]
+        self.assertEqual(system["role"], "system")
+        self.assertNotIn("x-anthropic-billing-header", system["content"])
+        self.assertTrue(self.ollama.asked[0][1]["think"])
+
+    def test_it_reads_a_file_with_its_tool_and_answers_from_it(self) -> None:
+        def answer(body: Any) -> Script:
+            last = body["messages"][-1]
+            if last["role"] != "tool":
+                return Script([line(calls(("Read", {"file_path": path}))), done()])
+            number = re.search(r"number is (\d+)", last["content"])
+            return Script([content(f"It is {number and number[1]}."), done()])
+        self.ollama.forever = answer
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, "work", "note.txt"))
+            Path(folder, "work").mkdir()
+            Path(path).write_text("The number is 4711.\n", encoding="utf-8")
+            self.assertEqual(self.run_claude("Which number is in note.txt?", folder), "It is 4711.")
+        offered = [tool["function"]["name"] for tool in self.ollama.asked[0][1]["tools"]]
+        self.assertIn("Read", offered)
+        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "Read")
+
+
+# ---- OpenAI's words ------------------------------------------------------------------------------
+
+class OpenAIsWords(unittest.TestCase):
+
+    def test_how_much_thought_openais_clients_ask_for(self) -> None:
+        for body, think in (
+                ({}, None), ({"reasoning_effort": None, "reasoning": {}}, None),
+                ({"reasoning_effort": "none"}, False), ({"reasoning_effort": "minimal"}, "low"),
+                ({"reasoning_effort": "medium"}, "medium"), ({"reasoning_effort": "xhigh"}, "max"),
+                ({"reasoning": {"effort": "ultra"}}, "max"),
+                ({"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, "high"),
+                ({"think": True}, True), ({"think": "max"}, "max"),
+                ({"think": False, "chat_template_kwargs": {"enable_thinking": True}}, False),
+                ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+                ({"chat_template_kwargs": {"enable_thinking": False}, "think": None}, False)):
+            question = ollama_api.chat_request(body_of(messages=USER, **body))
+            self.assertEqual(question.body.get("think"), think, body)
+
+
+# ---- OpenAI Chat Completions ---------------------------------------------------------------------
 
 class ChatConversations(ServerCase):
 
-    def test_who_does_not_mention_stream_and_is_no_sdk_gets_a_stream(self) -> None:
+    def test_people_who_do_not_mention_stream_get_one(self) -> None:
         self.conversation(r"""
             client sends POST /v1/chat/completions
                 {"messages": [{"role": "user", "content": "[TEXT]"}]}
@@ -681,7 +2175,7 @@ class ChatConversations(ServerCase):
             """)
 
     def test_an_answer_that_just_ends_is_not_whole(self) -> None:
-        # As up to 0.32 after 30 equal tokens: recorded as `same-token`.
+        # Up to 0.32, Ollama stops so after 30 equal tokens.
         self.conversation(r"""
             client sends POST /v1/chat/completions
                 {"stream": false, "messages": [{"role": "user", "content": "[SAME]"}]}
@@ -715,7 +2209,7 @@ class ChatConversations(ServerCase):
                        "type": "api_error", "param": null, "code": null}}
             """)
 
-    def test_a_prompt_that_is_too_long_is_told_with_ollamas_numbers(self) -> None:
+    def test_a_prompt_that_is_too_long_is_reported_with_ollamas_numbers(self) -> None:
         self.conversation(r"""
             client sends POST /v1/chat/completions
                 {"stream": true, "messages": [{"role": "user", "content": "word word"}]}
@@ -968,7 +2462,7 @@ class ChatConversations(ServerCase):
             """)
 
     def test_log_probabilities_come_with_their_text(self) -> None:
-        # Recorded as `logprobs`; they may come in chunks without text, also in the last.
+        # They may come in chunks without text, and in the last one too.
         self.conversation(r"""
             client sends POST /v1/chat/completions
                 {"model": "plain", "stream": true, "logprobs": true, "top_logprobs": 1,
@@ -992,7 +2486,330 @@ class ChatConversations(ServerCase):
             """)
 
 
-class SmallerConversations(ServerCase):
+CHAT_REFUSALS = [
+    (CHAT, {}, "messages: is required"),
+    (CHAT, {"messages": []}, "messages: must not be empty"),
+    (CHAT, {"messages": "Hi"}, "messages: must be a list, not a string"),
+    (CHAT, {"messages": [1]}, "messages.0: must be an object, not an integer"),
+    (CHAT, {"messages": [{"content": "Hi"}]}, "messages.0.role: is required"),
+    (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role: must be one of "),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content: is required"),
+    (CHAT, {"messages": USER + [{"role": "user", "content": 5}]},
+     "messages.1.content: must be a string or a list of blocks, not an integer"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "messages.0.content.0.text: is required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+     "messages.0.content.0.type: must be one of text, image_url, not \"video\""),
+    (CHAT, {"messages": USER, "model": 5}, "model: must be a string, not an integer"),
+    (CHAT, {"messages": USER, "stream": "yes"}, "stream: must be true or false, not a string"),
+    (CHAT, {"messages": USER, "stream_options": {"include_usage": 1}},
+     "stream_options.include_usage: must be true or false"),
+    (CHAT, {"messages": USER, "system": 5}, "system: must be a string or a list of blocks"),
+    (CHAT, {"messages": USER, "temperature": "hot"}, "temperature: must be a number, not a string"),
+    (CHAT, {"messages": USER, "temperature": True}, "temperature: must be a number, not true"),
+    (CHAT, {"messages": USER, "max_tokens": 1.5}, "max_tokens: must be an integer, not a number"),
+    (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens: must be at least 1"),
+    (CHAT, {"messages": USER, "n": 2}, "n: must be 1"),
+    (CHAT, {"messages": USER, "stop": 5}, "stop: must be a list, not an integer"),
+    (CHAT, {"messages": USER, "stop": ["a", ""]}, "stop.1: must have from 1 to 1000 characters"),
+    (CHAT, {"messages": USER, "stop": ["x" * 1001]}, "stop.0: must have from 1 to 1000 characters"),
+    (CHAT, {"messages": USER, "stop": ["x"] * 65}, "stop: must not be more than 64"),
+    (CHAT, {"messages": USER, "temperature": 10**400}, "temperature: is too large a number"),
+    (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort: must be one of "),
+    (CHAT, {"messages": USER, "reasoning": {"effort": 1}}, "reasoning.effort: must be a string"),
+    *((CHAT, {"messages": USER + [message]}, "messages.1." + words) for message, words in (
+        ({"role": "user", "content": [{"type": "image_url"}]},
+         "content.0.image_url: is required"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b"}}]},
+         "content.0.image_url.url: must be a data: URL of an image in base64"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:text/x;base64,AA"}]},
+         "content.0.image_url: must be a data: URL"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:;base64,A*"}]},
+         "content.0.image_url: is not base64"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
+         'content.0.type: must be one of text, image_url, not "input_audio"'),
+        ({"role": "user", "content": [{"type": "file", "file": {}}]}, "content.0.type: must be"),
+        ({"role": "assistant", "tool_calls": {}}, "tool_calls: must be a list"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]},
+         "tool_calls.0.function: is required"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]},
+         "tool_calls.0.id: is required"),
+        ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"arguments": "{}"}}]},
+         "tool_calls.0.function.name: is required"),
+        *(({"role": "assistant", "tool_calls": [{"id": "a", "function": {
+            "name": "a", "arguments": arguments}}]}, "tool_calls.0.function.arguments: " + words)
+          for arguments, words in (("{", "is not JSON: "), ("[1]", "must be an object"),
+                                   ("[" * 999, "is not JSON: it is nested"), ([1], "must be an"),
+                                   ('{"a": NaN}', "is not JSON: NaN"),
+                                   ('{"a": "\\ud800"}', "is not JSON: "))),
+        ({"role": "tool", "content": "x"}, "tool_call_id: is required"),
+        ({"role": "tool", "content": "x", "tool_call_id": "b"},
+         'tool_call_id: no tool call before has the id "b"'),
+        ({"role": "tool", "content": "x", "tool_call_id": 5}, "tool_call_id: must be a string"),
+        ({"role": "system"}, "content: is required"))),
+    *((CHAT, {"messages": USER, **more}, words) for more, words in (
+        ({"tools": {}}, "tools: must be a list"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function: is required"),
+        ({"tools": [{"type": "custom", "custom": {}}]},
+         'tools.0.type: must be function, not "custom"'),
+        ({"tools": [{"function": {}}]}, "tools.0.function.name: is required"),
+        ({"tools": [{"function": {"name": "a", "parameters": []}}]},
+         "tools.0.function.parameters: must be an object"),
+        ({"functions": [{"name": ""}]}, "functions.0.name: must not be empty"),
+        ({"tool_choice": "must"}, "tool_choice: must be one of auto, none, required"),
+        ({"tool_choice": 5}, "tool_choice: must be an object"),
+        ({"tool_choice": "required"}, "tool_choice: is required, but no tool is offered"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type: must be one of function, allowed"),
+        ({"tool_choice": {"type": "function", "function": {"name": "b"}}, "tools": [
+            {"function": {"name": "a"}}]}, 'tool_choice.function.name: must be one of a, not "b"'),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+            {"function": {"name": "b"}}]}}},
+         "tool_choice.allowed_tools.tools.0.function.name: must be one of nothing"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}},
+         "tool_choice.allowed_tools.mode: is required"),
+        ({"functions": [{"name": "a"}], "function_call": {"name": "b"}},
+         'function_call.name: must be one of a, not "b"'),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls: must be true or false"),
+        ({"response_format": "json"}, "response_format: must be an object"),
+        ({"response_format": {"type": "xml"}}, "response_format.type: must be one of text, json_"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: is required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+         "response_format.json_schema.schema: is required"),
+        ({"format": "xml"}, "format: must be an object, not a string"),
+        ({"top_logprobs": 21}, "top_logprobs: must be between 0 and 20"),
+        ({"logprobs": 5}, "logprobs: must be true or false"),
+        ({"think": "deeply"}, "think: must be one of low, medium, high, max"),
+        ({"think": 5}, "think: must be true or false"),
+        ({"keep_alive": True}, "keep_alive: must be a number, not true"),
+        ({"num_ctx": "8k"}, "num_ctx: must be an integer"),
+        ({"use_mmap": 1}, "use_mmap: must be true or false"),
+        ({"options": []}, "options: must be an object"),
+        ({"options": {"stop": "x"}}, "options.stop: must be a list"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}},
+         "chat_template_kwargs.enable_thinking: must be true or false"))),
+    (CHAT, {"messages": USER, "n": 0}, "n: must be 1"),
+]
+
+
+CHAT_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
+    (CHAT, {"stream_options": {"include_usage": True, "include_obfuscation": False},
+            "reasoning": {"effort": "low", "summary": "auto"}},
+     "reasoning.summary, stream_options.include_obfuscation"),
+    (CHAT, {"user": "me", "logit_bias": {}, "store": True, "verbosity": "low",
+            "tools": [{"function": {"name": "a", "parameters": prop({"pattern": "x"})}}],
+            "tool_choice": "required", "reasoning_effort": "high"},
+     "logit_bias, reasoning_effort, store, tools.0.function.parameters.properties.a"
+     ".pattern, user, verbosity"),
+    (CHAT, {"response_format": {"type": "json_object"}, "tool_choice": "required",
+            "tools": [{"function": {"name": "a"}}]}, "response_format")]
+
+
+JSON_CLIENTS: List[Dict[str, str]] = [
+    {"accept": "application/json"}, {"accept": "*/*", "x-stainless-lang": "python"},
+    {"accept": "*/*", "sec-fetch-mode": "cors", "user-agent": "node"},
+    {"accept": "*/*", "user-agent": "ai/6.0.326 ai-sdk/provider-utils"}, {"user-agent": "ai-sdk/1"}]
+STREAM_CLIENTS: List[Dict[str, str]] = [
+    {}, {"accept": "*/*", "user-agent": "curl/8.5.0"},
+    {"accept": "*/*", "user-agent": "python-requests/2.32"}, {"user-agent": "Python-urllib/3.11"},
+    {"accept": "text/event-stream", "x-stainless-lang": "js"},
+    {"accept": "application/json, text/event-stream"}]
+
+
+class Chat(ServerCase):
+
+    def test_bad_input_is_a_400_that_names_the_field(self) -> None:
+        self.check_refusals(CHAT_REFUSALS)
+
+    def test_fields_without_effect_are_reported(self) -> None:
+        self.check_ignored(CHAT_IGNORED)
+
+    def test_who_wants_a_stream_without_saying_so(self) -> None:
+        for headers in JSON_CLIENTS:
+            self.assertFalse(ollama_api.wants_stream(headers, "auto"), headers)
+            self.assertTrue(ollama_api.wants_stream(headers, "on"), headers)
+        for headers in STREAM_CLIENTS:
+            self.assertTrue(ollama_api.wants_stream(headers, "auto"), headers)
+        self.assertFalse(ollama_api.wants_stream({"accept": "*/*"}, "off"))
+
+    def test_what_else_a_chat_may_ask_for(self) -> None:
+        def read(**body: Any) -> ollama_api.Question:
+            return ollama_api.chat_request(body_of(**{"messages": USER, **body}))
+        self.assertEqual(read(stop=["a"], options={"stop": ["b"]}).stop, ["a", "b"])
+        self.assertEqual(read(options={"stop": ["b"]}).body["options"], {})
+        self.assertTrue(read(functions=[{"name": "a"}]).one_call)
+        self.assertFalse(read(tools=[]).one_call)
+        messages = [{"role": "assistant", "function_call": {"name": "a"}},
+                    {"role": "function", "name": "a", "content": None}]
+        self.assertEqual(read(messages=messages).body["messages"][1]["content"], "(no text)")
+
+
+class ChatTiming(EveryDialect.Timing):
+    path = CHAT
+    ping = b": ping\n\n"
+    error = b'\n\ndata: {"error": {"message": "Ollama failed: boom"'
+    end = b"[DONE]"
+
+
+@needs(openai, "openai")
+class OpenAISDK(OpenAICase):
+    QUESTION: Dict[str, Any] = {"model": "plain", "messages": USER}
+
+    def test_create(self) -> None:
+        self.ollama.queue(Script())
+        completion = self.client().chat.completions.create(**self.QUESTION)
+        self.assertEqual(completion.choices[0].message.content, "The sky is blue.")
+        self.assertEqual(completion.choices[0].finish_reason, "stop")
+        self.assertEqual(completion.usage.total_tokens, 13)
+        self.assertRegex(completion._request_id, "^req_")
+
+    def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_completion(self) -> None:
+        gate = threading.Event()
+        thoughts = [thinking("I should"), content("Answer"), content("."), done("stop", 7, 12)]
+        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
+        timer = threading.Timer(0.3, gate.set)
+        timer.start()
+        self.addCleanup(timer.join)
+        with self.client().chat.completions.stream(
+                **self.QUESTION, stream_options={"include_usage": True}) as stream:
+            for _ in stream:
+                pass
+            streamed = stream.get_final_completion()
+        whole = self.client().chat.completions.create(**self.QUESTION)
+        self.assertEqual(whole.choices[0].message.content, "Answer.")
+        self.assertEqual(streamed.choices[0].message.content, "Answer.")
+        self.assertEqual(streamed.choices[0].message.reasoning_content, "I should")
+        self.assertEqual(whole.choices[0].message.reasoning, "I should")
+        self.assertEqual(streamed.choices[0].finish_reason, whole.choices[0].finish_reason)
+        self.assertEqual(streamed.usage, whole.usage)
+
+    def test_a_stream_ends_as_the_whole_completion_for_every_conversation(self) -> None:
+        compared = collections.Counter(self.compare(text) for text in transcripts(ChatConversations))
+        self.assertGreater(compared["completion"], 15)
+        self.assertGreater(compared["error"], 4)
+
+    def compare(self, text: str) -> str:
+        """Play one transcript through the SDK, whole and streamed; return what it came to."""
+        parts = parts_of(text)
+        body = {**json.loads(parts[0][2]), "stream_options": {"include_usage": True}}
+        body.pop("stream", None)
+        first = {"model": body.pop("model", "plain"), "messages": body.pop("messages")}
+        results: List[Any] = []
+        for way in (self.whole, self.streamed):
+            self.ollama.scripts = scripts_of(parts)
+            try:
+                results.append(completion_of(way(**first, extra_body=body)))
+            except openai.APIError as error:
+                results.append(error.body)
+        with self.subTest(text=text[:400]):
+            self.assertEqual(results[0], results[1])
+        return "completion" if "finish_reason" in results[0] else "error"
+
+    def whole(self, **question: Any) -> Any:
+        return self.client().chat.completions.create(**question)
+
+    def streamed(self, **question: Any) -> Any:
+        with self.client().chat.completions.stream(**question) as stream:
+            try:
+                return stream.get_final_completion()
+            except openai.LengthFinishReasonError as error:      # the helper's alone
+                return error.completion
+
+    def test_a_tool_round_trip_with_parallel_calls(self) -> None:
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}}}}]
+        self.ollama.queue(Script([done("stop", 7, 6, calls(
+            ("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome"})))]), Script())
+        completions = self.client().chat.completions
+        message = completions.create(**self.QUESTION, tools=tools).choices[0].message
+        cities = [json.loads(call.function.arguments)["city"] for call in message.tool_calls]
+        self.assertEqual(cities, ["Oslo", "Rome"])
+        results = [{"role": "tool", "tool_call_id": call.id, "content": city}
+                   for call, city in zip(message.tool_calls, cities)]
+        answer = completions.create(model="plain", tools=tools,
+                                    messages=[*USER, message, *reversed(results)])
+        self.assertEqual(answer.choices[0].message.content, "The sky is blue.")
+        self.assertEqual([(asked["tool_call_id"], asked["content"]) for asked in
+                          self.ollama.asked[1][1]["messages"][2:]],
+                         [("call00002", "Rome"), ("call00001", "Oslo")])
+
+    def test_parse(self) -> None:
+        import pydantic                               # comes with the SDK
+
+        class City(pydantic.BaseModel):
+            name: str
+            size: int
+        self.ollama.forever = lambda body: Script([
+            content(json.dumps(example(body["format"], body["format"]))), done()])
+        completions = self.client().chat.completions
+        message = completions.parse(**self.QUESTION, response_format=City).choices[0].message
+        self.assertEqual(message.parsed, City(name="text", size=0))
+        message = completions.parse(
+            **self.QUESTION, tools=[openai.pydantic_function_tool(City)], tool_choice="required",
+        ).choices[0].message
+        self.assertEqual(message.tool_calls[0].function.parsed_arguments, City(name="text", size=0))
+        with completions.stream(**self.QUESTION, response_format=City) as stream:
+            found = stream.get_final_completion().choices[0].message.parsed
+        self.assertEqual(found, City(name="text", size=0))
+
+    def test_log_probabilities(self) -> None:
+        self.ollama.queue(Script([{**content("The"), "logprobs": [
+            {"token": "The", "logprob": -0.5, "bytes": [84, 104, 101], "top_logprobs": []}]}, done()]))
+        completion = self.client().chat.completions.create(**self.QUESTION, logprobs=True)
+        self.assertEqual(completion.choices[0].logprobs.content[0].token, "The")
+
+    def test_async(self) -> None:
+        self.ollama.forever = lambda body: Script()
+
+        async def texts() -> List[str]:
+            async with openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none") as client:
+                async def one() -> str:
+                    stream = await client.chat.completions.create(**self.QUESTION, stream=True)
+                    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+                return list(await asyncio.gather(*(one() for _ in range(20))))
+        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
+
+    def test_errors_have_their_classes_and_are_not_asked_for_again(self) -> None:
+        for script, kind, code in (
+                (Script([{"error": "model 'nope' not found"}], 404),
+                 openai.NotFoundError, "model_not_found"),
+                (Script([{"error": NATIVE_OVERFLOW}], 400),
+                 openai.BadRequestError, "context_length_exceeded"),
+                (Script([{"error": "llama-server process has terminated"}], 500),
+                 openai.InternalServerError, None)):
+            del self.ollama.asked[:]
+            self.ollama.queue(script)
+            with self.assertRaises(kind) as raised:
+                self.client().chat.completions.create(**self.QUESTION)
+            self.assertEqual((raised.exception.code, len(self.ollama.asked)), (code, 1))
+
+    def test_a_cut_stream_raises(self) -> None:
+        self.ollama.queue(Script([content("The"), CUT]))
+        with self.assertRaisesRegex(openai.APIError, "is broken"):
+            for _ in self.client().chat.completions.create(**self.QUESTION, stream=True):
+                pass
+
+    def test_models(self) -> None:
+        found = list(self.client().models.list())
+        self.assertEqual([model.id for model in found], [model["name"] for model in TAGS["models"]])
+        model = self.client().models.retrieve("hf.co/someone/think:latest")
+        self.assertEqual(model.owned_by, "someone")
+
+
+def completion_of(completion: Any) -> Any:
+    """Return what matters of a completion, however the SDK names what is not there."""
+    choice, message = completion.choices[0], completion.choices[0].message
+    calls_ = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    legacy = message.function_call and message.function_call.arguments
+    scores = [(entry.token, entry.logprob) for entry in choice.logprobs.content or ()] \
+        if choice.logprobs else []
+    return {"finish_reason": choice.finish_reason, "content": message.content or "",
+            "calls": calls_, "legacy": legacy, "scores": scores, "usage": completion.usage,
+            "reasoning": [getattr(message, name, None) for name in ("reasoning", "reasoning_content")]}
+
+
+# ---- Completions and Embeddings ------------------------------------------------------------------
+
+class CompletionsConversations(ServerCase):
 
     def test_a_text_is_filled_in(self) -> None:
         self.conversation(r"""
@@ -1097,8 +2914,75 @@ class SmallerConversations(ServerCase):
             """)
 
 
+COMPLETIONS_REFUSALS: List[Tuple[str, Any, str]] = [
+    *((COMPLETIONS, body, words) for body, words in (
+        ({}, "prompt: is required"), ({"prompt": ""}, "prompt: must not be empty"),
+        ({"prompt": []}, "prompt: must not be empty"), ({"prompt": 5}, "prompt: must be a list"),
+        ({"prompt": ["a", "b"]}, "prompt: must be one text"),
+        ({"prompt": [1, 2]}, "prompt.0: must be text: ids of OpenAI's tokens mean nothing"),
+        ({"prompt": "a", "stop": [1, 2]}, "stop.0: must be a string"),
+        ({"prompt": "a", "suffix": 5}, "suffix: must be a string"),
+        ({"prompt": "a", "n": 2}, "n: must be 1"))),
+    *((EMBEDDINGS, body, words) for body, words in (
+        ({}, "input: is required"), ({"input": []}, "input: must not be empty"),
+        ({"input": ""}, "input: must not be empty"), ({"input": ["a", ""]}, "input.1: must not be"),
+        ({"input": [1, 2]}, "input.0: must be text: ids"), ({"input": [[1]]}, "input.0: must be text"),
+        ({"input": [True]}, "input.0: must be a string"), ({"input": {}}, "input: must be a list"),
+        ({"input": "a", "encoding_format": "hex"},
+         'encoding_format: must be one of float, base64, not "hex"'),
+        ({"input": "a", "dimensions": 0}, "dimensions: must be at least 1"))),
+]
+
+
+class Completions(ServerCase):
+
+    def test_bad_input_is_a_400_that_names_the_field(self) -> None:
+        self.check_refusals(COMPLETIONS_REFUSALS)
+
+    def test_fields_without_effect_are_reported(self) -> None:
+        self.check_ignored([(COMPLETIONS, {
+            "prompt": "a", "echo": True, "best_of": 1, "messages": None}, "best_of, echo")])
+
+    def test_embeddings_that_are_none(self) -> None:
+        for vectors, words in (([], "0 embeddings for 1 texts"), (None, "0 embeddings"),
+                               ([[1], [2]], "2 embeddings for 1 texts"), ([5], "no list of numbers"),
+                               ([["a"]], "no list of numbers"), ([[1e300]], "no list of numbers")):
+            self.ollama.queue(Script([{"embeddings": vectors}]))
+            reply = self.ask("POST", EMBEDDINGS, {"input": "a"})
+            self.assertEqual((reply.status, reply.json["error"]["type"]), (502, "api_error"))
+            self.assertIn(words, reply.text)
+
+
+@needs(openai, "openai")
+class CompletionsSDK(OpenAICase):
+
+    def test_completions(self) -> None:
+        self.ollama.forever = lambda body: Script([
+            {"response": "return ", "done": False},
+            {"response": "1", "done": True, "done_reason": "stop", "eval_count": 2}])
+        question: Any = {"model": "coder", "prompt": "def a():", "suffix": "\n"}
+        whole = self.client().completions.create(**question)
+        self.assertEqual((whole.choices[0].text, whole.choices[0].finish_reason), ("return 1", "stop"))
+        chunks = list(self.client().completions.create(**question, stream=True))
+        self.assertEqual("".join(chunk.choices[0].text for chunk in chunks), "return 1")
+        self.assertEqual(chunks[-1].choices[0].finish_reason, "stop")
+
+    def test_embeddings_are_equal_in_both_encodings(self) -> None:
+        vectors = [[0.5, -0.25], [0.125, 1.0]]
+        self.ollama.forever = lambda body: Script([{"embeddings": vectors, "prompt_eval_count": 4}])
+        for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+            found = self.client().embeddings.create(model="bert", input=["a", "b"], **encoding)
+            self.assertEqual([list(struct.unpack("<2f", base64.b64decode(entry.embedding)))
+                              if isinstance(entry.embedding, str) else entry.embedding
+                              for entry in found.data], vectors)
+            self.assertEqual(found.usage.prompt_tokens, 4)
+        self.assertEqual([body["truncate"] for _, body in self.ollama.asked], [False] * 3)
+
+
+# ---- OpenAI Responses ----------------------------------------------------------------------------
+
 class ResponsesConversations(ServerCase):
-    """A response is shown without what it has in common with BARE_RESPONSE."""
+    """Show a response without what it has in common with BARE_RESPONSE."""
 
     ANSWER = """
             ollama answers 200
@@ -1110,6 +2994,339 @@ class ResponsesConversations(ServerCase):
                       {"type": "output_text", "text": "Blue.", "annotations": [], "logprobs": []}]}],
                  "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                            "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}"""
+
+    def test_items_become_messages(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "instructions": "Be kind.", "input": [
+                   {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
+                   {"role": "user", "content": "1"},
+                   {"type": "web_search_call", "id": "ws_1"},
+                   {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}], "encrypted_content": null},
+                   {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "2"}, {"type": "refusal", "refusal": "No."}]},
+                   {"type": "function_call", "call_id": "c1", "name": "exec", "namespace": "shell", "arguments": "{\"a\": 1}"},
+                   {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "*** Begin"},
+                   {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "3"}]},
+                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}]},
+                   {"type": "custom_tool_call_output", "call_id": "c2", "output": ""},
+                   {"type": "message", "role": "system", "content": "Late."},
+                   {"type": "function_call", "call_id": "c3", "name": "now", "arguments": ""},
+                   {"type": "function_call_output", "call_id": "c3", "output": "noon"},
+                   {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "So."}]}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "system", "content": "Be kind.\n\nBe brief."},
+                   {"role": "user", "content": "1"},
+                   {"role": "assistant", "content": "2\n\nNo.\n\n3", "thinking": "Hm.", "tool_calls": [
+                      {"id": "call00001", "function": {"name": "shell.exec", "arguments": {"a": 1}}},
+                      {"id": "call00002", "function": {"name": "patch", "arguments": {"input": "*** Begin"}}}]},
+                   {"role": "tool", "tool_name": "shell.exec", "tool_call_id": "call00001", "content": "x\n\ny"},
+                   {"role": "tool", "tool_name": "patch", "tool_call_id": "call00002", "content": "(no text)"},
+                   {"role": "user", "content": "Late."},
+                   {"role": "assistant", "content": "", "tool_calls": [
+                      {"id": "call00003", "function": {"name": "now", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "now", "tool_call_id": "call00003", "content": "noon"},
+                   {"role": "assistant", "content": "", "thinking": "So."}],
+                 "options": {}, "stream": true, "truncate": false}
+            """ + self.ANSWER.replace('"usage"', '"instructions": "Be kind.", "usage"'))
+
+    def test_an_image_that_a_tool_has_seen_reaches_ollama(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": [
+                   {"role": "user", "content": [{"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,AAAA"}]},
+                   {"type": "function_call", "call_id": "c1", "name": "view_image", "arguments": "{}"},
+                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": "data:image/png;base64,BBBB"}]}]}
+            ollama is asked POST /api/show
+                {"model": "plain"}
+            ollama answers 200
+                {"capabilities": ["vision"]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "user", "content": "", "images": ["AAAA"]},
+                   {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "function": {"name": "view_image", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "view_image", "tool_call_id": "call00001", "content": "(no text)", "images": ["BBBB"]}],
+                 "options": {}, "stream": true, "truncate": false}
+            """ + self.ANSWER)
+
+    def test_tools_of_a_namespace_and_custom_tools_come_back_as_they_went(self) -> None:
+        tools = ('[{"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "exec", "parameters": {}}, {"type": "function", "name": "ns.b"}]}, '
+                 '{"type": "web_search"}]')
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "tools": TOOLS, "parallel_tool_calls": true, "input": [
+                   {"type": "additional_tools", "role": "developer", "tools": [{"type": "custom", "name": "patch", "description": "Edit.", "format": {"type": "grammar", "definition": "start: x"}}]},
+                   {"role": "user", "content": "[TWO]"}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TWO]"}], "tools": [
+                   {"type": "function", "function": {"name": "ns.exec", "description": "", "parameters": {"type": "object", "properties": {}}}},
+                   {"type": "function", "function": {"name": "ns.b", "description": "", "parameters": {"type": "object", "properties": {}}}},
+                   {"type": "function", "function": {"name": "patch", "description": "Edit.\n\nstart: x",
+                      "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                {"message": {"content": "", "tool_calls": [{"function": {"name": "ns.exec", "arguments": {"a": 1}}}, {"function": {"name": "patch", "arguments": {"input": "*** Begin"}}}]}, "done": true, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 6}
+            client gets 200 application/json
+                {"id": "resp_ID", "status": "completed", "model": "plain", "tools": TOOLS, "output": [
+                   {"id": "fc_ID", "type": "function_call", "name": "exec", "namespace": "ns", "call_id": "call_ID", "status": "completed", "arguments": "{\"a\": 1}"},
+                   {"id": "ctc_ID", "type": "custom_tool_call", "name": "patch", "call_id": "call_ID", "status": "completed", "input": "*** Begin"}],
+                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
+            """.replace("TOOLS", tools))
+
+    def test_a_schema_and_a_forced_custom_tool_bind_the_answer(self) -> None:
+        for asked, told, format_, answer, output in (
+                (r'"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}',
+                 r'Answer with JSON of this schema, and nothing else: {\"type\": \"object\"}', '{"type": "object"}', "{}",
+                 r'{"id": "msg_ID", "type": "message", "status": "completed", "role": "assistant", "content": [{"type": "output_text", "text": "{}", "annotations": [], "logprobs": []}]}'),
+                (r'"tools": [{"type": "custom", "name": "say"}], "tool_choice": {"type": "custom", "name": "say"}',
+                 r'Call the tool say: answer with the JSON object of its arguments, and nothing else: {\"name\": \"say\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {\"input\": {\"type\": \"string\"}}, \"required\": [\"input\"]}}',
+                 '{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}', r'{\"input\": \"Hi\"}',
+                 '{"id": "ctc_ID", "type": "custom_tool_call", "name": "say", "call_id": "call_ID", "status": "completed", "input": "Hi"}')):
+            del self.ollama.asked[:]
+            self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": "[TEXT]", ASKED}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "system", "content": "TOLD"}, {"role": "user", "content": "[TEXT]"}],
+                 THINK"format": FORMAT, "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "ANSWER"
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "resp_ID", "status": "completed", "model": "plain", ASKED, "output": [OUTPUT],
+                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
+            """.replace("ASKED", asked).replace("TOLD", told).replace("FORMAT", format_).replace("ANSWER", answer)
+                .replace("OUTPUT", output).replace("THINK", '"think": false, ' if "custom" in asked else ""))
+
+    def test_the_load_probe_of_codex_has_an_empty_input(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "plain", "input": "", "max_output_tokens": 1}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": ""}],
+                 "options": {"num_predict": 1}, "stream": true, "truncate": false}
+            """ + self.ANSWER.replace('"usage"', '"max_output_tokens": 1, "usage"'))
+
+
+RESPONSES_REFUSALS = [
+    *((RESPONSES, {"input": "Hi", **body}, words) for body, words in (
+        ({"input": None}, "input: is required"), ({"input": 5}, "input: must be a list"),
+        ({"input": []}, "input: must not be empty"), ({"input": [5]}, "input.0: must be an object"),
+        ({"input": [{"content": "Hi"}]}, "input.0.type: is required"),
+        ({"input": [{"type": "web_search_call"}]}, "input: must not be empty"),
+        ({"input": [{"role": "robot", "content": "Hi"}]}, "input.0.role: must be one of"),
+        ({"input": [{"role": "user"}]}, "input.0.content: is required"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+         'input.0.content.0.type: must be one of text, input_text, output_text, input_image, not "i'),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+         "input.0.content.0.image_url: is required"),
+        ({"input": [{"type": "function_call", "name": "a"}]}, "input.0.call_id: is required"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "a", "arguments": "{"}]},
+         "input.0.arguments: is not JSON"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "a", "name": "a"}]},
+         "input.0.input: is required"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]},
+         'input.0.call_id: no tool call before has the id "a"'),
+        ({"input": [{"type": "reasoning", "summary": [{"type": "summary_text"}]}]},
+         "input.0.summary.0.text: is required"),
+        ({"input": [{"type": "additional_tools"}]}, "input.0.tools: is required"),
+        ({"instructions": 5}, "instructions: must be a string"),
+        ({"tools": [{"name": "a"}]}, "tools.0.type: is required"),
+        ({"tools": [{"type": "function"}]}, "tools.0.name: is required"),
+        ({"tools": [{"type": "namespace", "name": "a"}]}, "tools.0.tools: is required"),
+        ({"tools": [{"type": "custom", "name": "a", "format": 5}]}, "tools.0.format: must be an"),
+        ({"tool_choice": "must"}, "tool_choice: must be one of auto, none, required"),
+        ({"tool_choice": 5}, "tool_choice: must be an object"),
+        ({"tool_choice": "required"}, "tool_choice: is required, but no tool is offered"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type: must be one of function"),
+        ({"tool_choice": {"type": "function", "name": "a"}}, "tool_choice.name: must be one of not"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "a"}]}},
+         "tool_choice.tools.0.name: must be one of nothing"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type: must be one of"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema: is required"),
+        ({"reasoning": {"effort": "extreme"}}, "reasoning.effort: must be one of"),
+        ({"max_output_tokens": 0}, "max_output_tokens: must be at least 1"),
+        ({"background": True}, "background: must be false"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id: is not known"),
+        ({"conversation": "c"}, "conversation: is not known"),
+        ({"prompt": {"id": "p"}}, "prompt: is not known"))),
+]
+
+
+RESPONSES_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
+    (RESPONSES, {"input": "Hi", "messages": None, "reasoning_effort": "low",
+                 "chat_template_kwargs": {"enable_thinking": True}}, None),
+    (RESPONSES, {"input": "Hi", "messages": None, "text": {"format": {"type": "json_object"}},
+                 "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"},
+     "text.format"),
+    (RESPONSES, {"input": [{"type": "item_reference", "id": "i"},
+                           {"role": "user", "content": "Hi"}], "messages": None,
+                 "store": False, "include": [], "truncation": "auto", "background": False,
+                 "tools": [{"type": "web_search"}, {"type": "mcp"}], "text": {
+                     "verbosity": "low"}, "reasoning": {"summary": "auto"}},
+     "include, input.0, reasoning.summary, store, text.verbosity, tools.0, tools.1, "
+     "truncation")]
+
+
+class Responses(ServerCase):
+
+    def test_bad_input_is_a_400_that_names_the_field(self) -> None:
+        self.check_refusals(RESPONSES_REFUSALS)
+
+    def test_fields_without_effect_are_reported(self) -> None:
+        self.check_ignored(RESPONSES_IGNORED)
+
+    def test_what_else_a_response_may_ask_for(self) -> None:
+        def read(**body: Any) -> ollama_api.ResponsesQuestion:
+            return ollama_api.responses_request(body_of(input="Hi", **body))
+        self.assertTrue(read(parallel_tool_calls=False).one_call)
+        self.assertFalse(read().one_call)
+        self.assertEqual(read(options={"stop": ["a"]}).stop, ["a"])
+        self.assertEqual(read(text={"format": {"type": "json_object"}}).body["format"], ANY)
+        self.assertEqual(read(keep_alive="5m", think=True).body["think"], True)
+        question = read(tools=[{"type": "custom", "name": "say"}])
+        found = ollama_api.responses_call(question, ToolCall("say", {"text": 1}))
+        self.assertEqual(found["input"], '{"text": 1}')           # what else the model made of it
+
+
+@needs(openai, "openai")
+class ResponsesSDK(OpenAICase):
+    QUESTION: Dict[str, Any] = {"model": "plain", "input": "Why?"}
+
+    def streamed(self, **question: Any) -> Any:
+        """Return the last response of a stream: the helper's own getter knows completed ones only."""
+        with self.client().responses.stream(**question) as stream:
+            return list(stream)[-1].response
+
+    def test_create(self) -> None:
+        self.ollama.queue(Script())
+        response = self.client().responses.create(**self.QUESTION)
+        self.assertEqual((response.output_text, response.status), ("The sky is blue.", "completed"))
+        self.assertEqual((response.usage.total_tokens, response.error), (13, None))
+
+    def test_a_stream_ends_as_the_whole_response_for_every_conversation(self) -> None:
+        compared = 0
+        for text in transcripts(ResponsesConversations) + transcripts(ResponseStreams):
+            parts = parts_of(text)
+            body = json.loads(parts[0][2])
+            body.pop("stream", None)
+            if "error" in parts[-2][2] or "ns.b" in parts[0][2]:      # the SDK knows no namespaces
+                continue
+            first = {"model": body.pop("model"), "input": body.pop("input")}
+            found = []
+            for way in (self.client().responses.create, self.streamed):
+                self.ollama.scripts = scripts_of(parts)
+                response = way(**first, extra_body=body).model_dump(
+                    mode="json", exclude_none=True, exclude={"created_at"}, warnings=False)
+                for item in response["output"]:
+                    item.pop("parsed_arguments", None)               # the helper's
+                found.append(without_ids(response))
+            with self.subTest(text=text[:400]):
+                self.assertEqual(found[0], found[1])
+            compared += 1
+        self.assertGreater(compared, 6)
+
+    def test_a_tool_round_trip_with_thoughts(self) -> None:
+        tool = {"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": False}
+        self.ollama.queue(Script([thinking("Hm."), line(calls(("get_weather", {"city": "Oslo"}))), done()]),
+                          Script())
+        response = self.client().responses.create(**self.QUESTION, tools=[tool])
+        reasoning, call = response.output
+        self.assertEqual((reasoning.summary[0].text, json.loads(call.arguments)), ("Hm.", {"city": "Oslo"}))
+        answer = self.client().responses.create(model="plain", tools=[tool], input=[
+            {"role": "user", "content": "Why?"}, reasoning, call,
+            {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}])
+        self.assertEqual(answer.output_text, "The sky is blue.")
+        self.assertEqual([message["role"] for message in self.ollama.asked[1][1]["messages"]],
+                         ["user", "assistant", "tool"])
+
+    def test_parse(self) -> None:
+        import pydantic
+
+        class City(pydantic.BaseModel):
+            name: str
+        self.ollama.forever = lambda body: Script([
+            content(json.dumps(example(body["format"], body["format"]))), done()])
+        found = self.client().responses.parse(**self.QUESTION, text_format=City)
+        self.assertEqual(found.output_parsed, City(name="text"))
+
+    def test_length_and_failure(self) -> None:
+        self.ollama.queue(Script([content("The"), done("length")]),
+                          Script([{"error": "model 'nope' not found"}], 404),
+                          Script([content("The"), CUT]))
+        response = self.client().responses.create(**self.QUESTION)
+        self.assertEqual((response.status, response.incomplete_details.reason),
+                         ("incomplete", "max_output_tokens"))
+        with self.assertRaises(openai.NotFoundError):
+            self.client().responses.create(**self.QUESTION, stream=True)
+        events = list(self.client().responses.create(**self.QUESTION, stream=True))
+        self.assertEqual((events[-1].type, events[-1].response.error.code),
+                         ("response.failed", "server_error"))
+        self.assertIn("is broken", events[-1].response.error.message)
+
+    def test_async(self) -> None:
+        self.ollama.forever = lambda body: Script()
+
+        async def texts() -> List[str]:
+            async with openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none") as client:
+                answers = await asyncio.gather(*(
+                    client.responses.create(**self.QUESTION) for _ in range(20)))
+                return [answer.output_text for answer in answers]
+        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
+
+
+@needs_npm(CODEX, "Codex")
+class Codex(SDKCase):
+    """Run Codex itself, with a home and a folder of its own, and nowhere to go but here."""
+
+    CONFIG = """model = "tools"
+model_provider = "local"
+sandbox_mode = "danger-full-access"
+approval_policy = "never"
+
+[model_providers.local]
+name = "ollama_api.py"
+base_url = "URL/v1"
+wire_api = "responses"
+"""
+
+    def run_codex(self, prompt: str, folder: str) -> str:
+        home, work = Path(folder, "codex"), Path(folder, "work")
+        home.mkdir()
+        work.mkdir()
+        (home / "config.toml").write_text(self.CONFIG.replace("URL", self.url), encoding="utf-8")
+        process = subprocess.run(
+            [str(CODEX), "exec", "--skip-git-repo-check", prompt], cwd=str(work),
+            env={"HOME": folder, "CODEX_HOME": str(home), "PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        self.assertEqual(process.returncode, 0, process.stderr)
+        return process.stdout.strip()
+
+    def test_a_plain_answer(self) -> None:
+        self.ollama.forever = lambda body: Script([thinking("Hm."), *SKY])
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(self.run_codex("Why is the sky blue?", folder), "The sky is blue.")
+        self.assertEqual(self.ollama.asked[0][1]["messages"][0]["role"], "system")
+
+    def test_it_runs_a_command_and_answers_from_what_it_prints(self) -> None:
+        def answer(body: Any) -> Script:
+            last = body["messages"][-1]
+            if last["role"] != "tool":
+                command = ("exec_command", {"cmd": "echo number $((4700 + 11))"})
+                return Script([line(calls(command)), done()])
+            number = re.search(r"number (\d+)", last["content"])
+            return Script([content(f"It is {number and number[1]}."), done()])
+        self.ollama.forever = answer
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(self.run_codex("Which number?", folder), "It is 4711.")
+        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "exec_command")
+
+
+# ---- Responses as a stream -----------------------------------------------------------------------
+
+class ResponseStreams(ServerCase):
 
     def test_text_is_streamed_in_numbered_frames(self) -> None:
         self.conversation(r"""
@@ -1253,1395 +3470,72 @@ class ResponsesConversations(ServerCase):
                         "message": "Ollama failed: an error was encountered while running the model: unexpected EOF"}}}
             """)
 
-    def test_items_become_messages(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/responses
-                {"model": "plain", "instructions": "Be kind.", "input": [
-                   {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
-                   {"role": "user", "content": "1"},
-                   {"type": "web_search_call", "id": "ws_1"},
-                   {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}], "encrypted_content": null},
-                   {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "2"}, {"type": "refusal", "refusal": "No."}]},
-                   {"type": "function_call", "call_id": "c1", "name": "exec", "namespace": "shell", "arguments": "{\"a\": 1}"},
-                   {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "*** Begin"},
-                   {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "3"}]},
-                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}]},
-                   {"type": "custom_tool_call_output", "call_id": "c2", "output": ""},
-                   {"type": "message", "role": "system", "content": "Late."},
-                   {"type": "function_call", "call_id": "c3", "name": "now", "arguments": ""},
-                   {"type": "function_call_output", "call_id": "c3", "output": "noon"},
-                   {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "So."}]}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "messages": [
-                   {"role": "system", "content": "Be kind.\n\nBe brief."},
-                   {"role": "user", "content": "1"},
-                   {"role": "assistant", "content": "2\n\nNo.\n\n3", "thinking": "Hm.", "tool_calls": [
-                      {"id": "call00001", "function": {"name": "shell.exec", "arguments": {"a": 1}}},
-                      {"id": "call00002", "function": {"name": "patch", "arguments": {"input": "*** Begin"}}}]},
-                   {"role": "tool", "tool_name": "shell.exec", "tool_call_id": "call00001", "content": "x\n\ny"},
-                   {"role": "tool", "tool_name": "patch", "tool_call_id": "call00002", "content": "(no text)"},
-                   {"role": "user", "content": "Late."},
-                   {"role": "assistant", "content": "", "tool_calls": [
-                      {"id": "call00003", "function": {"name": "now", "arguments": {}}}]},
-                   {"role": "tool", "tool_name": "now", "tool_call_id": "call00003", "content": "noon"},
-                   {"role": "assistant", "content": "", "thinking": "So."}],
-                 "options": {}, "stream": true, "truncate": false}
-            """ + self.ANSWER.replace('"usage"', '"instructions": "Be kind.", "usage"'))
 
-    def test_an_image_that_a_tool_has_seen_reaches_ollama(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/responses
-                {"model": "plain", "input": [
-                   {"role": "user", "content": [{"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,AAAA"}]},
-                   {"type": "function_call", "call_id": "c1", "name": "view_image", "arguments": "{}"},
-                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": "data:image/png;base64,BBBB"}]}]}
-            ollama is asked POST /api/show
-                {"model": "plain"}
-            ollama answers 200
-                {"capabilities": ["vision"]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "messages": [
-                   {"role": "user", "content": "", "images": ["AAAA"]},
-                   {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "function": {"name": "view_image", "arguments": {}}}]},
-                   {"role": "tool", "tool_name": "view_image", "tool_call_id": "call00001", "content": "(no text)", "images": ["BBBB"]}],
-                 "options": {}, "stream": true, "truncate": false}
-            """ + self.ANSWER)
-
-    def test_tools_of_a_namespace_and_custom_tools_come_back_as_they_went(self) -> None:
-        tools = ('[{"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "exec", "parameters": {}}, {"type": "function", "name": "ns.b"}]}, '
-                 '{"type": "web_search"}]')
-        self.conversation(r"""
-            client sends POST /v1/responses
-                {"model": "plain", "tools": TOOLS, "parallel_tool_calls": true, "input": [
-                   {"type": "additional_tools", "role": "developer", "tools": [{"type": "custom", "name": "patch", "description": "Edit.", "format": {"type": "grammar", "definition": "start: x"}}]},
-                   {"role": "user", "content": "[TWO]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "messages": [{"role": "user", "content": "[TWO]"}], "tools": [
-                   {"type": "function", "function": {"name": "ns.exec", "description": "", "parameters": {"type": "object", "properties": {}}}},
-                   {"type": "function", "function": {"name": "ns.b", "description": "", "parameters": {"type": "object", "properties": {}}}},
-                   {"type": "function", "function": {"name": "patch", "description": "Edit.\n\nstart: x",
-                      "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                {"message": {"content": "", "tool_calls": [{"function": {"name": "ns.exec", "arguments": {"a": 1}}}, {"function": {"name": "patch", "arguments": {"input": "*** Begin"}}}]}, "done": true, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 6}
-            client gets 200 application/json
-                {"id": "resp_ID", "status": "completed", "model": "plain", "tools": TOOLS, "output": [
-                   {"id": "fc_ID", "type": "function_call", "name": "exec", "namespace": "ns", "call_id": "call_ID", "status": "completed", "arguments": "{\"a\": 1}"},
-                   {"id": "ctc_ID", "type": "custom_tool_call", "name": "patch", "call_id": "call_ID", "status": "completed", "input": "*** Begin"}],
-                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
-            """.replace("TOOLS", tools))
-
-    def test_a_schema_and_a_forced_custom_tool_bind_the_answer(self) -> None:
-        for asked, told, format_, answer, output in (
-                (r'"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}',
-                 r'Answer with JSON of this schema, and nothing else: {\"type\": \"object\"}', '{"type": "object"}', "{}",
-                 r'{"id": "msg_ID", "type": "message", "status": "completed", "role": "assistant", "content": [{"type": "output_text", "text": "{}", "annotations": [], "logprobs": []}]}'),
-                (r'"tools": [{"type": "custom", "name": "say"}], "tool_choice": {"type": "custom", "name": "say"}',
-                 r'Call the tool say: answer with the JSON object of its arguments, and nothing else: {\"name\": \"say\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {\"input\": {\"type\": \"string\"}}, \"required\": [\"input\"]}}',
-                 '{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}', r'{\"input\": \"Hi\"}',
-                 '{"id": "ctc_ID", "type": "custom_tool_call", "name": "say", "call_id": "call_ID", "status": "completed", "input": "Hi"}')):
-            del self.ollama.asked[:]
-            self.conversation(r"""
-            client sends POST /v1/responses
-                {"model": "plain", "input": "[TEXT]", ASKED}
-            ollama is asked POST /api/chat
-                {"model": "plain", "messages": [{"role": "system", "content": "TOLD"}, {"role": "user", "content": "[TEXT]"}],
-                 THINK"format": FORMAT, "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "ANSWER"
-                done stop 7 6
-            client gets 200 application/json
-                {"id": "resp_ID", "status": "completed", "model": "plain", ASKED, "output": [OUTPUT],
-                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
-            """.replace("ASKED", asked).replace("TOLD", told).replace("FORMAT", format_).replace("ANSWER", answer)
-                .replace("OUTPUT", output).replace("THINK", '"think": false, ' if "custom" in asked else ""))
-
-    def test_the_load_probe_of_codex_has_an_empty_input(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/responses
-                {"model": "plain", "input": "", "max_output_tokens": 1}
-            ollama is asked POST /api/chat
-                {"model": "plain", "messages": [{"role": "user", "content": ""}],
-                 "options": {"num_predict": 1}, "stream": true, "truncate": false}
-            """ + self.ANSWER.replace('"usage"', '"max_output_tokens": 1, "usage"'))
-
-
-# ---- Conversations: Anthropic Messages -----------------------------------------------------------
-
-class MessagesConversations(ServerCase):
-
-    def test_a_plain_question_gets_one_message(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "max_tokens": 100, "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
-                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "The"
-                content " sky"
-                done stop 7 6
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [{"type": "text", "text": "The sky"}],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 6,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_a_stream_has_blocks_that_open_and_close_in_turn(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "think", "max_tokens": 100, "stream": true,
-                 "thinking": {"type": "enabled", "budget_tokens": 1024},
-                 "messages": [{"role": "user", "content": "[THINK]"}]}
-            ollama is asked POST /api/chat
-                {"model": "think", "think": true, "messages": [{"role": "user", "content": "[THINK]"}],
-                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
-            ollama answers 200
-                thinking "I should"
-                thinking " think"
-                content "Answer"
-                thinking "More."
-                done length 7 12
-            client gets 200 text/event-stream
-                event: message_start
-                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
-                       "role": "assistant", "model": "think", "content": [],
-                       "stop_reason": null, "stop_sequence": null,
-                       "usage": {"input_tokens": 2, "output_tokens": 0,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 0,
-                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "thinking_delta", "thinking": "I should"}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "thinking_delta", "thinking": " think"}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "signature_delta", "signature": ""}}
-                event: content_block_stop
-                data: {"type": "content_block_stop", "index": 0}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 1,
-                       "content_block": {"type": "text", "text": ""}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 1,
-                       "delta": {"type": "text_delta", "text": "Answer"}}
-                event: content_block_stop
-                data: {"type": "content_block_stop", "index": 1}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 2,
-                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 2,
-                       "delta": {"type": "thinking_delta", "thinking": "More."}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 2,
-                       "delta": {"type": "signature_delta", "signature": ""}}
-                event: content_block_stop
-                data: {"type": "content_block_stop", "index": 2}
-                event: message_delta
-                data: {"type": "message_delta",
-                       "delta": {"stop_reason": "max_tokens", "stop_sequence": null},
-                       "usage": {"input_tokens": 7, "output_tokens": 12,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-                event: message_stop
-                data: {"type": "message_stop"}
-            """)
-
-    def test_claude_codes_system_texts_keep_the_kv_cache_warm(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages?beta=true anthropic_version:2023-06-01
-                {"model": "plain", "temperature": 1, "top_p": 0.5, "top_k": 4,
-                 "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "high"},
-                 "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1f;"},
-                            {"type": "text", "text": "You are Claude Code.", "cache_control": {"type": "ephemeral"}},
-                            {"type": "text", "text": "Be brief."}],
-                 "messages": [{"role": "user", "content": [{"type": "text", "text": "Date: today"},
-                                                           {"type": "text", "text": "Hi"}]},
-                              {"role": "system", "content": [{"type": "text", "text": "Tools: none"}]},
-                              {"role": "assistant", "content": [
-                                 {"type": "thinking", "thinking": "Hm.", "signature": ""},
-                                 {"type": "text", "text": "Hello."}]},
-                              {"role": "system", "content": "Tokens left: 9"},
-                              {"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": "high", "messages": [
-                   {"role": "system", "content": "You are Claude Code.\n\nBe brief.\n\nTools: none"},
-                   {"role": "user", "content": "Date: today\n\nHi"},
-                   {"role": "assistant", "content": "Hello.", "thinking": "Hm."},
-                   {"role": "user", "content": "Tokens left: 9"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "options": {"temperature": 1, "top_p": 0.5, "top_k": 4},
-                 "stream": true, "truncate": false}
-            ollama answers 400
-                {"error": "think value \"high\" is not supported for this model"}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": true, "messages": [
-                   {"role": "system", "content": "You are Claude Code.\n\nBe brief.\n\nTools: none"},
-                   {"role": "user", "content": "Date: today\n\nHi"},
-                   {"role": "assistant", "content": "Hello.", "thinking": "Hm."},
-                   {"role": "user", "content": "Tokens left: 9"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "options": {"temperature": 1, "top_p": 0.5, "top_k": 4},
-                 "stream": true, "truncate": false}
-            ollama answers 200
-                thinking "Hm."
-                content "Blue."
-                done stop 7 6
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [{"type": "thinking", "thinking": "Hm.", "signature": ""},
-                             {"type": "text", "text": "Blue."}],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 6,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_the_stop_sequence_that_matched_is_named(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "stop_sequences": ["END", " beta"],
-                 "messages": [{"role": "user", "content": "[STOP]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[STOP]"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "alpha"
-                content " beta"
-                content " gamma"
-                done stop 7 4
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [{"type": "text", "text": "alpha"}],
-                 "stop_reason": "stop_sequence", "stop_sequence": " beta",
-                 "usage": {"input_tokens": 2, "output_tokens": 2,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_a_stream_that_is_cut_ends_in_an_error_and_without_message_stop(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "The"
-                CUT
-            client gets 200 text/event-stream
-                event: message_start
-                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
-                       "role": "assistant", "model": "plain", "content": [],
-                       "stop_reason": null, "stop_sequence": null,
-                       "usage": {"input_tokens": 2, "output_tokens": 0,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 0,
-                       "content_block": {"type": "text", "text": ""}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "text_delta", "text": "The"}}
-                event: error
-                data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                       "message": "Ollama's answer is broken: IncompleteRead(0 bytes read)."}}
-            """)
-
-    def test_a_model_that_is_not_installed_is_a_404_on_a_stream_too(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "nope", "stream": true, "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "nope", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 404
-                {"error": "model 'nope' not found"}
-            client gets 404 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "not_found_error",
-                 "message": "model: \"nope\" is not installed in Ollama. Installed: plain:latest, hf.co/someone/think:latest. To install it: ollama pull nope"}}
-            """)
-
-    def test_a_prompt_that_is_too_long_is_told_in_words_for_claude_code(self) -> None:
-        # Up to 0.29 Ollama gives no numbers: the window of the loaded model, and an estimate.
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "messages": [{"role": "user", "content": "word word"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "word word"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 400
-                {"error": "the input length exceeds the context length"}
-            client gets 400 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
-                 "message": "prompt is too long: 513 tokens > 512 maximum"}}
-            """)
-
-    def test_a_tool_call_comes_after_thoughts_as_a_block_of_its_own(self) -> None:
-        # As releases to 0.20 and the rendered path of 0.32 send it: before the last line.
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "both", "max_tokens": 100, "stream": true, "thinking": {"type": "adaptive"},
-                 "tools": [{"name": "get_weather", "description": "Weather", "cache_control": {"type": "ephemeral"},
-                            "input_schema": {"$schema": "x", "type": "object", "required": ["city"],
-                                             "properties": {"city": {"type": "string", "pattern": "(?=x)"}, "b": true},
-                                             "additionalProperties": false}},
-                           {"type": "custom", "name": "now", "input_schema": {}}],
-                 "tool_choice": {"type": "auto"},
-                 "messages": [{"role": "user", "content": "[TOOL]"}]}
-            ollama is asked POST /api/chat
-                {"model": "both", "think": true, "messages": [{"role": "user", "content": "[TOOL]"}],
-                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather",
-                              "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "b": {}},
-                                             "required": ["city"]}}},
-                           {"type": "function", "function": {"name": "now", "description": "",
-                              "parameters": {"type": "object", "properties": {}}}}],
-                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
-            ollama answers 200
-                thinking "Hm."
-                tool get_weather {"city": "Paris"}
-                done stop 267 8
-            client gets 200 text/event-stream
-                event: message_start
-                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
-                       "role": "assistant", "model": "both", "content": [],
-                       "stop_reason": null, "stop_sequence": null,
-                       "usage": {"input_tokens": 80, "output_tokens": 0,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 0,
-                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "thinking_delta", "thinking": "Hm."}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "signature_delta", "signature": ""}}
-                event: content_block_stop
-                data: {"type": "content_block_stop", "index": 0}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 1, "content_block":
-                       {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {}}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 1,
-                       "delta": {"type": "input_json_delta", "partial_json": "{\"city\": \"Paris\"}"}}
-                event: content_block_stop
-                data: {"type": "content_block_stop", "index": 1}
-                event: message_delta
-                data: {"type": "message_delta",
-                       "delta": {"stop_reason": "tool_use", "stop_sequence": null},
-                       "usage": {"input_tokens": 267, "output_tokens": 8,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-                event: message_stop
-                data: {"type": "message_stop"}
-            """)
-
-    def test_two_tool_calls_inside_the_last_line_are_two_blocks(self) -> None:
-        # As the native path of 0.32 sends them.
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "jinja", "tools": [{"name": "get_weather", "input_schema": {"type": "object"}}],
-                 "messages": [{"role": "user", "content": "[TWO]"}]}
-            ollama is asked POST /api/chat
-                {"model": "jinja", "think": false, "messages": [{"role": "user", "content": "[TWO]"}],
-                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
-                              "parameters": {"type": "object", "properties": {}}}}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "Let me look."
-                done stop 468 6 get_weather {"city": "Oslo"} get_weather {"city": "Oslo"}
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "jinja",
-                 "content": [{"type": "text", "text": "Let me look."},
-                             {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {"city": "Oslo"}},
-                             {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {"city": "Oslo"}}],
-                 "stop_reason": "tool_use", "stop_sequence": null,
-                 "usage": {"input_tokens": 468, "output_tokens": 6,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_parallel_calls_can_be_disabled(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "tools", "tools": [{"name": "get_weather"}], "max_tokens": 9,
-                 "tool_choice": {"type": "auto", "disable_parallel_tool_use": true},
-                 "messages": [{"role": "user", "content": "[TWO]"}]}
-            ollama is asked POST /api/chat
-                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[TWO]"}],
-                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
-                              "parameters": {"type": "object", "properties": {}}}}],
-                 "options": {"num_predict": 9}, "stream": true, "truncate": false}
-            ollama answers 200
-                tool get_weather {"city": "Oslo"}
-                tool get_weather {"city": "Rome"}
-                done length 267 9
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "tools",
-                 "content": [{"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {"city": "Oslo"}}],
-                 "stop_reason": "max_tokens", "stop_sequence": null,
-                 "usage": {"input_tokens": 267, "output_tokens": 9,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_tool_results_go_before_the_text_of_their_turn(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "tools", "tools": [{"name": "look"}], "tool_choice": {"type": "none"}, "messages": [
-                   {"role": "user", "content": "Look!"},
-                   {"role": "assistant", "content": [
-                      {"type": "thinking", "thinking": "Hm.", "signature": "forged"},
-                      {"type": "redacted_thinking", "data": "xyz"},
-                      {"type": "text", "text": "I look."},
-                      {"type": "tool_use", "id": "toolu_01A", "name": "look", "input": {"at": "a", "Z": 1}},
-                      {"type": "tool_use", "id": "toolu_01B", "name": "fetch", "input": {}}]},
-                   {"role": "user", "content": [
-                      {"type": "text", "text": "Well?"},
-                      {"type": "tool_result", "tool_use_id": "toolu_01B", "is_error": true, "content": [
-                         {"type": "text", "text": "no"}, {"type": "text", "text": "way"}]},
-                      {"type": "tool_result", "tool_use_id": "toolu_01A", "content": [
-                         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}]},
-                   {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_01A", "name": "again", "input": {}}]},
-                   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_01A"}]},
-                   {"role": "assistant", "content": [{"type": "thinking", "thinking": "So.", "signature": ""}]},
-                   {"role": "user", "content": "Go on."}]}
-            ollama is asked POST /api/show
-                {"model": "tools"}
-            ollama answers 200
-                {"capabilities": ["completion", "tools", "vision"]}
-            ollama is asked POST /api/chat
-                {"model": "tools", "think": false, "messages": [
-                   {"role": "user", "content": "Look!"},
-                   {"role": "assistant", "content": "I look.", "thinking": "Hm.", "tool_calls": [
-                      {"id": "call00001", "function": {"name": "look", "arguments": {"at": "a", "Z": 1}}},
-                      {"id": "call00002", "function": {"name": "fetch", "arguments": {}}}]},
-                   {"role": "tool", "tool_name": "fetch", "tool_call_id": "call00002", "content": "The tool failed: no\n\nway"},
-                   {"role": "tool", "tool_name": "look", "tool_call_id": "call00001", "content": "(no text)", "images": ["iVBORw0KGgo="]},
-                   {"role": "user", "content": "Well?"},
-                   {"role": "assistant", "content": "", "tool_calls": [
-                      {"id": "call00003", "function": {"name": "again", "arguments": {}}}]},
-                   {"role": "tool", "tool_name": "again", "tool_call_id": "call00003", "content": "(no text)"},
-                   {"role": "assistant", "content": "", "thinking": "So."},
-                   {"role": "user", "content": "Go on."}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "Blue."
-                done stop 7 6
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "tools",
-                 "content": [{"type": "text", "text": "Blue."}],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 6,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_documents_and_search_results_are_inlined(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "messages": [{"role": "user", "content": [
-                   {"type": "document", "title": "A \"b\"", "context": "Old.", "citations": {"enabled": true},
-                    "source": {"type": "text", "media_type": "text/plain", "data": "One."}},
-                   {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "Two."}]}},
-                   {"type": "document", "source": {"type": "content", "content": "Three."}},
-                   {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}},
-                   {"type": "search_result", "title": "T", "source": "http://a", "content": [{"type": "text", "text": "Four."}]},
-                   {"type": "hologram", "data": 1},
-                   {"type": "mid_conv_system", "content": [{"type": "text", "text": "Be brief."}]}]}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content":
-                   "<document title=\"A \\\"b\\\"\">\nOld.\n\nOne.\n</document>\n\n<document title=\"\">\nTwo.\n</document>\n\n<document title=\"\">\nThree.\n</document>\n\n<document title=\"\">\n(application/pdf: cannot be read here)\n</document>\n\nT (http://a)\n\nFour.\n\nBe brief."}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                done stop 7 1
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain", "content": [],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 1,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_images_for_a_blind_model_are_refused(self) -> None:
-        # 0.12 and 0.20 answer them as if nothing were amiss: recorded as `image-on-plain`.
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "stream": true, "messages": [{"role": "user", "content": [
-                   {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}},
-                   {"type": "text", "text": "What is it?"}]}]}
-            ollama is asked POST /api/show
-                {"model": "plain"}
-            ollama answers 200
-                {"capabilities": ["completion"]}
-            client gets 400 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
-                 "message": "model: \"plain\" cannot see images."}}
-            """)
-
-    def test_a_named_tool_is_called_by_binding_the_answer(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "max_tokens": 100, "stream": true, "system": "Be kind.",
-                 "thinking": {"type": "enabled", "budget_tokens": 1024},
-                 "tools": [{"name": "other", "input_schema": {"type": "object"}},
-                           {"name": "get_weather", "description": "Weather", "input_schema":
-                              {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}},
-                               "required": ["city"], "$defs": {"City": {"type": "string", "minLength": 1}}}}],
-                 "tool_choice": {"type": "tool", "name": "get_weather"},
-                 "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Be kind.\n\nCall the tool get_weather: answer with the JSON object of its arguments, and nothing else: {\"name\": \"get_weather\", \"description\": \"Weather\", \"parameters\": {\"type\": \"object\", \"properties\": {\"city\": {\"$ref\": \"#/$defs/City\"}}, \"required\": [\"city\"], \"$defs\": {\"City\": {\"type\": \"string\", \"minLength\": 1}}}}"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "format": {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}},
-                            "required": ["city"], "$defs": {"City": {"type": "string"}}},
-                 "options": {"num_predict": 100}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "{"
-                content "\"city\": \"Paris"
-                content "\"}"
-                done stop 7 24
-            client gets 200 text/event-stream
-                event: message_start
-                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
-                       "role": "assistant", "model": "plain", "content": [],
-                       "stop_reason": null, "stop_sequence": null,
-                       "usage": {"input_tokens": 81, "output_tokens": 0,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 0, "content_block":
-                       {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {}}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "input_json_delta", "partial_json": "{\"city\": \"Paris\"}"}}
-                event: content_block_stop
-                data: {"type": "content_block_stop", "index": 0}
-                event: message_delta
-                data: {"type": "message_delta",
-                       "delta": {"stop_reason": "tool_use", "stop_sequence": null},
-                       "usage": {"input_tokens": 7, "output_tokens": 24,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-                event: message_stop
-                data: {"type": "message_stop"}
-            """)
-
-    def test_any_tool_is_called_by_binding_the_answer_to_all_of_them(self) -> None:
-        # The properties come in the order of the alphabet from 0.32, recorded as `format-anyof`.
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "tools": [{"name": "a", "input_schema": {"type": "object", "properties": {}}},
-                    {"name": "b", "input_schema": {"properties": {"next": {"$ref": "#"}}}}],
-                 "tool_choice": {"type": "any"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Call one of these tools: answer with a JSON object of its \"name\" and \"parameters\", and nothing else: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {}}}, {\"name\": \"b\", \"description\": \"\", \"parameters\": {\"properties\": {\"next\": {\"$ref\": \"#\"}}}}]"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "format": {"anyOf": [
-                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object", "properties": {}}},
-                     "required": ["name", "parameters"]},
-                    {"type": "object", "properties": {"name": {"const": "b"}, "parameters":
-                       {"type": "object", "properties": {"next": {"$ref": "#/$defs/root"}}}},
-                     "required": ["name", "parameters"]}],
-                    "$defs": {"root": {"properties": {"next": {"$ref": "#/$defs/root"}}}}},
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "{\"name\": \"b\", "
-                content "\"parameters\": {\"next\": {}}}"
-                done stop 7 24
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [{"type": "tool_use", "id": "toolu_ID", "name": "b", "input": {"next": {}}}],
-                 "stop_reason": "tool_use", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 24,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_a_forced_call_that_is_cut_short_is_no_call(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "max_tokens": 3, "tools": [{"name": "a"}],
-                 "tool_choice": {"type": "any"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Call the tool a: answer with the JSON object of its arguments, and nothing else: {\"name\": \"a\", \"description\": \"\", \"parameters\": {}}"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "format": {"type": "object"},
-                 "options": {"num_predict": 3}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "{\"x\": "
-                done length 7 3
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain", "content": [],
-                 "stop_reason": "max_tokens", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 3,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_an_answer_that_is_bound_to_a_schema(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "output_config": {"effort": "low", "format": {"type": "json_schema", "schema":
-                   {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^\\d+$"}}, "required": ["zip"]}}},
-                 "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Answer with JSON of this schema, and nothing else: {\"type\": \"object\", \"properties\": {\"zip\": {\"type\": \"string\", \"pattern\": \"^\\\\d+$\"}}, \"required\": [\"zip\"]}"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "format": {"type": "object", "properties": {"zip": {"type": "string"}}, "required": ["zip"]},
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "{\"zip\":"
-                content " \"1\"}"
-                done stop 7 9
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [{"type": "text", "text": "{\"zip\": \"1\"}"}],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 9,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_tools_beside_a_schema_stay_callable(self) -> None:
-        # Ollama never calls a tool when it is given both: recorded as `format-with-tools`.
-        for answer, block in (
-                (r'{\"name\": \"a\", \"parameters\": {}}',
-                 r'{"type": "tool_use", "id": "toolu_ID", "name": "a", "input": {}}'),
-                (r'{\"answer\": {\"y\": \"\u00e4\", \"x\": 1}}',
-                 r'{"type": "text", "text": "{\"y\": \"\u00e4\", \"x\": 1}"}')):
-            del self.ollama.asked[:]
-            self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "tools": [{"name": "a"}], "output_format": {"type": "json_schema", "schema": {}},
-                 "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Answer with a JSON object, and nothing else: to call a tool, of its \"name\" and \"parameters\"; else of an \"answer\" with the schema {}. The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
-                   {"role": "user", "content": "[TEXT]"}],
-                 "format": {"anyOf": [
-                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
-                     "required": ["name", "parameters"]},
-                    {"type": "object", "properties": {"answer": {}}, "required": ["answer"]}]},
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "ANSWER"
-                done stop 7 9
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [BLOCK],
-                 "stop_reason": "REASON", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 9,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """.replace("ANSWER", answer).replace("BLOCK", block).replace(
-                "REASON", "tool_use" if "tool_use" in block else "end_turn"))
-
-    def test_a_tool_call_that_ollama_swallowed_is_an_error(self) -> None:
-        # Recorded as `tool-broken` and `tool-unknown-name`.
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "tools", "stream": true, "tools": [{"name": "get_weather"}],
-                 "messages": [{"role": "user", "content": "[BADTOOL]"}]}
-            ollama is asked POST /api/chat
-                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[BADTOOL]"}],
-                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
-                              "parameters": {"type": "object", "properties": {}}}}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                done stop 267 6
-            client gets 502 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                 "message": "The model ended without an answer. If it wrote a tool call, Ollama could not read it, and it is lost."}}
-            """)
-
-    def test_a_tool_call_of_an_answer_that_breaks_off_is_not_passed_on(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "tools", "stream": true, "tools": [{"name": "get_weather"}],
-                 "messages": [{"role": "user", "content": "[MIX]"}]}
-            ollama is asked POST /api/chat
-                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[MIX]"}],
-                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
-                              "parameters": {"type": "object", "properties": {}}}}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "Let"
-                tool get_weather {"city": "Bonn"}
-                CUT
-            client gets 200 text/event-stream
-                event: message_start
-                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
-                       "role": "assistant", "model": "tools", "content": [],
-                       "stop_reason": null, "stop_sequence": null,
-                       "usage": {"input_tokens": 34, "output_tokens": 0,
-                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
-                event: content_block_start
-                data: {"type": "content_block_start", "index": 0,
-                       "content_block": {"type": "text", "text": ""}}
-                event: content_block_delta
-                data: {"type": "content_block_delta", "index": 0,
-                       "delta": {"type": "text_delta", "text": "Let"}}
-                event: error
-                data: {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                       "message": "Ollama's answer is broken: IncompleteRead(0 bytes read)."}}
-            """)
-
-    def test_a_prefill_is_continued_and_not_repeated(self) -> None:
-        # The native path of 0.32 repeats it at the start of the text, other releases do not.
-        for parts, text in ((["The ", "sky", " is"], " is"), ([" is"], " is"), (["The", "me"], "Theme"),
-                            (["The"], "The"), (["The sky"], None)):
-            del self.ollama.asked[:]
-            self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"},
-                                                {"role": "assistant", "content": "The sky"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"},
-                                                                {"role": "assistant", "content": "The sky"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                PARTS
-                done stop 7 6
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [BLOCK],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 6,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """.replace("PARTS", "\n                ".join(f'content "{part}"' for part in parts)).replace(
-                "BLOCK", "" if text is None else json.dumps({"type": "text", "text": text})))
-
-    def test_a_model_without_thoughts_answers_who_asks_for_them(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "thinking": {"type": "enabled", "budget_tokens": 2000},
-                 "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": true, "messages": [{"role": "user", "content": "[TEXT]"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 400
-                {"error": "\"plain\" does not support thinking"}
-            ollama is asked POST /api/chat
-                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 200
-                content "Blue."
-                done stop 7 6
-            client gets 200 application/json
-                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain",
-                 "content": [{"type": "text", "text": "Blue."}],
-                 "stop_reason": "end_turn", "stop_sequence": null,
-                 "usage": {"input_tokens": 7, "output_tokens": 6,
-                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
-            """)
-
-    def test_tools_for_a_model_that_has_none_are_refused_by_ollama(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "tools": [{"name": "a"}], "messages": [{"role": "user", "content": "[TEXT]"}]}
-            ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
-                 "tools": [{"type": "function", "function": {"name": "a", "description": "",
-                              "parameters": {"type": "object", "properties": {}}}}],
-                 "options": {}, "stream": true, "truncate": false}
-            ollama answers 400
-                {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
-            client gets 400 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
-                 "message": "registry.ollama.ai/library/plain:latest does not support tools"}}
-            """)
-
-    def test_a_thread_is_refused_in_the_way_that_the_tool_runner_understands(self) -> None:
-        self.conversation(r"""
-            client sends POST /v1/messages
-                {"model": "plain", "thread": {"type": "create"}, "messages": [{"role": "user", "content": "[TEXT]"}]}
-            client gets 400 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
-                 "message": "thread: threads are not kept here, send all messages",
-                 "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}}
-            """)
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-
-USER = [{"role": "user", "content": "[TEXT]"}]
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-COMPLETIONS, EMBEDDINGS, RESPONSES = "/v1/completions", "/v1/embeddings", "/v1/responses"
-
-# What a client sends, and how the 400 begins that it gets: with the field to blame, which in
-# OpenAI's dialect is `param` as well.
-BAD_BODIES = [
-    (CHAT, {}, "messages: is required"),
-    (CHAT, {"messages": []}, "messages: must not be empty"),
-    (CHAT, {"messages": "Hi"}, "messages: must be a list, not a string"),
-    (CHAT, {"messages": [1]}, "messages.0: must be an object, not an integer"),
-    (CHAT, {"messages": [{"content": "Hi"}]}, "messages.0.role: is required"),
-    (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role: must be one of "),
-    (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content: is required"),
-    (CHAT, {"messages": USER + [{"role": "user", "content": 5}]},
-     "messages.1.content: must be a string or a list of blocks, not an integer"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-     "messages.0.content.0.text: is required"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-     "messages.0.content.0.type: must be one of text, image_url, not \"video\""),
-    (CHAT, {"messages": USER, "model": 5}, "model: must be a string, not an integer"),
-    (CHAT, {"messages": USER, "stream": "yes"}, "stream: must be true or false, not a string"),
-    (CHAT, {"messages": USER, "stream_options": {"include_usage": 1}},
-     "stream_options.include_usage: must be true or false"),
-    (CHAT, {"messages": USER, "system": 5}, "system: must be a string or a list of blocks"),
-    (CHAT, {"messages": USER, "temperature": "hot"}, "temperature: must be a number, not a string"),
-    (CHAT, {"messages": USER, "temperature": True}, "temperature: must be a number, not true"),
-    (CHAT, {"messages": USER, "max_tokens": 1.5}, "max_tokens: must be an integer, not a number"),
-    (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens: must be at least 1"),
-    (CHAT, {"messages": USER, "n": 2}, "n: must be 1"),
-    (CHAT, {"messages": USER, "stop": 5}, "stop: must be a list, not an integer"),
-    (CHAT, {"messages": USER, "stop": ["a", ""]}, "stop.1: must have from 1 to 1000 characters"),
-    (CHAT, {"messages": USER, "stop": ["x" * 1001]}, "stop.0: must have from 1 to 1000 characters"),
-    (CHAT, {"messages": USER, "stop": ["x"] * 65}, "stop: must not be more than 64"),
-    (CHAT, {"messages": USER, "temperature": 10**400}, "temperature: is too large a number"),
-    (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort: must be one of "),
-    (CHAT, {"messages": USER, "reasoning": {"effort": 1}}, "reasoning.effort: must be a string"),
-    *((CHAT, {"messages": USER + [message]}, "messages.1." + words) for message, words in (
-        ({"role": "user", "content": [{"type": "image_url"}]},
-         "content.0.image_url: is required"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b"}}]},
-         "content.0.image_url.url: must be a data: URL of an image in base64"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:text/x;base64,AA"}]},
-         "content.0.image_url: must be a data: URL"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:;base64,A*"}]},
-         "content.0.image_url: is not base64"),
-        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
-         'content.0.type: must be one of text, image_url, not "input_audio"'),
-        ({"role": "user", "content": [{"type": "file", "file": {}}]}, "content.0.type: must be"),
-        ({"role": "assistant", "tool_calls": {}}, "tool_calls: must be a list"),
-        ({"role": "assistant", "tool_calls": [{"id": "a"}]},
-         "tool_calls.0.function: is required"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]},
-         "tool_calls.0.id: is required"),
-        ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"arguments": "{}"}}]},
-         "tool_calls.0.function.name: is required"),
-        *(({"role": "assistant", "tool_calls": [{"id": "a", "function": {
-            "name": "a", "arguments": arguments}}]}, "tool_calls.0.function.arguments: " + words)
-          for arguments, words in (("{", "is not JSON: "), ("[1]", "must be an object"),
-                                   ("[" * 999, "is not JSON: it is nested"), ([1], "must be an"),
-                                   ('{"a": NaN}', "is not JSON: NaN"),
-                                   ('{"a": "\\ud800"}', "is not JSON: "))),
-        ({"role": "tool", "content": "x"}, "tool_call_id: is required"),
-        ({"role": "tool", "content": "x", "tool_call_id": "b"},
-         'tool_call_id: no tool call before has the id "b"'),
-        ({"role": "tool", "content": "x", "tool_call_id": 5}, "tool_call_id: must be a string"),
-        ({"role": "system"}, "content: is required"))),
-    *((CHAT, {"messages": USER, **more}, words) for more, words in (
-        ({"tools": {}}, "tools: must be a list"),
-        ({"tools": [{"type": "function"}]}, "tools.0.function: is required"),
-        ({"tools": [{"type": "custom", "custom": {}}]},
-         'tools.0.type: must be function, not "custom"'),
-        ({"tools": [{"function": {}}]}, "tools.0.function.name: is required"),
-        ({"tools": [{"function": {"name": "a", "parameters": []}}]},
-         "tools.0.function.parameters: must be an object"),
-        ({"functions": [{"name": ""}]}, "functions.0.name: must not be empty"),
-        ({"tool_choice": "must"}, "tool_choice: must be one of auto, none, required"),
-        ({"tool_choice": 5}, "tool_choice: must be an object"),
-        ({"tool_choice": "required"}, "tool_choice: is required, but no tool is offered"),
-        ({"tool_choice": {"type": "custom"}}, "tool_choice.type: must be one of function, allowed"),
-        ({"tool_choice": {"type": "function", "function": {"name": "b"}}, "tools": [
-            {"function": {"name": "a"}}]}, 'tool_choice.function.name: must be one of a, not "b"'),
-        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
-            {"function": {"name": "b"}}]}}},
-         "tool_choice.allowed_tools.tools.0.function.name: must be one of nothing"),
-        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}},
-         "tool_choice.allowed_tools.mode: is required"),
-        ({"functions": [{"name": "a"}], "function_call": {"name": "b"}},
-         'function_call.name: must be one of a, not "b"'),
-        ({"parallel_tool_calls": "no"}, "parallel_tool_calls: must be true or false"),
-        ({"response_format": "json"}, "response_format: must be an object"),
-        ({"response_format": {"type": "xml"}}, "response_format.type: must be one of text, json_"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: is required"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
-         "response_format.json_schema.schema: is required"),
-        ({"format": "xml"}, "format: must be an object, not a string"),
-        ({"top_logprobs": 21}, "top_logprobs: must be between 0 and 20"),
-        ({"logprobs": 5}, "logprobs: must be true or false"),
-        ({"think": "deeply"}, "think: must be one of low, medium, high, max"),
-        ({"think": 5}, "think: must be true or false"),
-        ({"keep_alive": True}, "keep_alive: must be a number, not true"),
-        ({"num_ctx": "8k"}, "num_ctx: must be an integer"),
-        ({"use_mmap": 1}, "use_mmap: must be true or false"),
-        ({"options": []}, "options: must be an object"),
-        ({"options": {"stop": "x"}}, "options.stop: must be a list"),
-        ({"chat_template_kwargs": {"enable_thinking": 1}},
-         "chat_template_kwargs.enable_thinking: must be true or false"))),
-    *((COMPLETIONS, body, words) for body, words in (
-        ({}, "prompt: is required"), ({"prompt": ""}, "prompt: must not be empty"),
-        ({"prompt": []}, "prompt: must not be empty"), ({"prompt": 5}, "prompt: must be a list"),
-        ({"prompt": ["a", "b"]}, "prompt: must be one text"),
-        ({"prompt": [1, 2]}, "prompt.0: must be text: ids of OpenAI's tokens mean nothing"),
-        ({"prompt": "a", "stop": [1, 2]}, "stop.0: must be a string"),
-        ({"prompt": "a", "suffix": 5}, "suffix: must be a string"),
-        ({"prompt": "a", "n": 2}, "n: must be 1"))),
-    *((EMBEDDINGS, body, words) for body, words in (
-        ({}, "input: is required"), ({"input": []}, "input: must not be empty"),
-        ({"input": ""}, "input: must not be empty"), ({"input": ["a", ""]}, "input.1: must not be"),
-        ({"input": [1, 2]}, "input.0: must be text: ids"), ({"input": [[1]]}, "input.0: must be text"),
-        ({"input": [True]}, "input.0: must be a string"), ({"input": {}}, "input: must be a list"),
-        ({"input": "a", "encoding_format": "hex"},
-         'encoding_format: must be one of float, base64, not "hex"'),
-        ({"input": "a", "dimensions": 0}, "dimensions: must be at least 1"))),
-    *((RESPONSES, {"input": "Hi", **body}, words) for body, words in (
-        ({"input": None}, "input: is required"), ({"input": 5}, "input: must be a list"),
-        ({"input": []}, "input: must not be empty"), ({"input": [5]}, "input.0: must be an object"),
-        ({"input": [{"content": "Hi"}]}, "input.0.type: is required"),
-        ({"input": [{"type": "web_search_call"}]}, "input: must not be empty"),
-        ({"input": [{"role": "robot", "content": "Hi"}]}, "input.0.role: must be one of"),
-        ({"input": [{"role": "user"}]}, "input.0.content: is required"),
-        ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
-         'input.0.content.0.type: must be one of text, input_text, output_text, input_image, not "i'),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
-         "input.0.content.0.image_url: is required"),
-        ({"input": [{"type": "function_call", "name": "a"}]}, "input.0.call_id: is required"),
-        ({"input": [{"type": "function_call", "call_id": "a", "name": "a", "arguments": "{"}]},
-         "input.0.arguments: is not JSON"),
-        ({"input": [{"type": "custom_tool_call", "call_id": "a", "name": "a"}]},
-         "input.0.input: is required"),
-        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]},
-         'input.0.call_id: no tool call before has the id "a"'),
-        ({"input": [{"type": "reasoning", "summary": [{"type": "summary_text"}]}]},
-         "input.0.summary.0.text: is required"),
-        ({"input": [{"type": "additional_tools"}]}, "input.0.tools: is required"),
-        ({"instructions": 5}, "instructions: must be a string"),
-        ({"tools": [{"name": "a"}]}, "tools.0.type: is required"),
-        ({"tools": [{"type": "function"}]}, "tools.0.name: is required"),
-        ({"tools": [{"type": "namespace", "name": "a"}]}, "tools.0.tools: is required"),
-        ({"tools": [{"type": "custom", "name": "a", "format": 5}]}, "tools.0.format: must be an"),
-        ({"tool_choice": "must"}, "tool_choice: must be one of auto, none, required"),
-        ({"tool_choice": 5}, "tool_choice: must be an object"),
-        ({"tool_choice": "required"}, "tool_choice: is required, but no tool is offered"),
-        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type: must be one of function"),
-        ({"tool_choice": {"type": "function", "name": "a"}}, "tool_choice.name: must be one of not"),
-        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "a"}]}},
-         "tool_choice.tools.0.name: must be one of nothing"),
-        ({"text": {"format": {"type": "xml"}}}, "text.format.type: must be one of"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema: is required"),
-        ({"reasoning": {"effort": "extreme"}}, "reasoning.effort: must be one of"),
-        ({"max_output_tokens": 0}, "max_output_tokens: must be at least 1"),
-        ({"background": True}, "background: must be false"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id: is not known"),
-        ({"conversation": "c"}, "conversation: is not known"),
-        ({"prompt": {"id": "p"}}, "prompt: is not known"))),
-    (MESSAGES, {}, "messages: is required"),
-    (MESSAGES, {"messages": []}, "messages: must not be empty"),
-    (MESSAGES, {"messages": {}}, "messages: must be a list, not an object"),
-    (MESSAGES, {"messages": [{"role": "developer", "content": "Hi"}]},
-     "messages.0.role: must be one of user, assistant, system, not \"developer\""),
-    (MESSAGES, {"messages": [{"role": "user", "content": 5}]},
-     "messages.0.content: must be a string or a list of blocks, not an integer"),
-    (MESSAGES, {"messages": [{"role": "user", "content": None}]},
-     "messages.0.content: is required"),
-    (MESSAGES, {"messages": [{"role": "user", "content": ["Hi"]}]},
-     "messages.0.content.0: must be an object, not a string"),
-    (MESSAGES, {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
-     "messages.0.content.0.type: is required"),
-    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]},
-     "messages.0.content.0.type: tool_use cannot be in content of role user"),
-    *((MESSAGES, {"messages": USER + [{"role": "user", "content": [block]}]},
-       "messages.1.content.0." + message) for block, message in (
-        ({"type": "text", "text": None}, "text: is required"),
-        ({"type": "image"}, "source: is required"),
-        ({"type": "image", "source": {"type": "url", "url": "http://a"}},
-         'source.type: must be base64, not "url": this server fetches nothing'),
-        ({"type": "image", "source": {"type": "base64", "data": 5}},
-         "source.data: must be a string"),
-        ({"type": "image", "source": {"type": "base64", "data": "***"}},
-         "source.data: is not base64: "),
-        ({"type": "image", "source": {"type": "base64", "data": "data:image/png;base64,AAAA"}},
-         "source.data: is not base64: "),
-        ({"type": "image", "source": {"type": "base64", "data": ""}},
-         "source.data: must not be empty"),
-        ({"type": "document", "source": {"type": "file", "file_id": "f"}},
-         'source.type: must be text or content or base64, not "file"'),
-        ({"type": "document", "source": {"type": "content", "content": 5}},
-         "source.content: must be a string or a list of blocks"),
-        ({"type": "search_result", "title": "T"}, "source: is required"),
-        ({"type": "tool_result"}, "tool_use_id: is required"),
-        ({"type": "tool_result", "tool_use_id": "toolu_9"},
-         'tool_use_id: no tool call before has the id "toolu_9"'))),
-    *((MESSAGES, {"messages": USER + [{"role": "assistant", "content": [block]}]},
-       "messages.1.content.0." + message) for block, message in (
-        ({"type": "tool_use", "name": "a", "input": {}}, "id: is required"),
-        ({"type": "tool_use", "id": "a", "input": {}}, "name: is required"),
-        ({"type": "tool_use", "id": "a", "name": "a", "input": "{}"},
-         "input: must be an object, not a string"),
-        ({"type": "thinking"}, "thinking: is required"),
-        ({"type": "tool_result", "tool_use_id": "a"}, "type: tool_result cannot be in "))),
-    (MESSAGES, {"messages": [{"role": "assistant", "content": [
-        {"type": "tool_use", "id": "a", "name": "a", "input": {}}]}, {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "a", "is_error": "yes"}]}]},
-     "messages.1.content.0.is_error: must be true or false"),
-    (MESSAGES, {"messages": USER, "tools": {}}, "tools: must be a list"),
-    (MESSAGES, {"messages": USER, "tools": [{"input_schema": {}}]}, "tools.0.name: is required"),
-    (MESSAGES, {"messages": USER, "tools": [{"name": ""}]}, "tools.0.name: must not be empty"),
-    (MESSAGES, {"messages": USER, "tools": [{"name": "a", "input_schema": []}]},
-     "tools.0.input_schema: must be an object, not a list"),
-    (MESSAGES, {"messages": USER, "tools": [{"name": "a", "description": 5}]},
-     "tools.0.description: must be a string"),
-    (MESSAGES, {"messages": USER, "tool_choice": "any"}, "tool_choice: must be an object"),
-    (MESSAGES, {"messages": USER, "tool_choice": {"type": "must"}}, "tool_choice.type: must be"),
-    (MESSAGES, {"messages": USER, "tool_choice": {"type": "any"}},
-     "tool_choice.type: is any, but no tool is offered"),
-    (MESSAGES, {"messages": USER, "tools": [{"name": "a"}],
-                "tool_choice": {"type": "tool", "name": "b"}},
-     'tool_choice.name: must be one of a, not "b"'),
-    (MESSAGES, {"messages": USER, "tools": [{"type": "web_search_20250305", "name": "web_search"}],
-                "tool_choice": {"type": "tool", "name": "web_search"}},
-     'tool_choice.name: must be one of nothing, not "web_search"'),
-    (MESSAGES, {"messages": USER, "tools": [{"name": "a", "input_schema": {
-        "properties": {"x": {"$ref": "#/$defs/x"}}}}], "tool_choice": {"type": "any"}},
-     'tools.0.input_schema.properties.x.$ref: "#/$defs/x" leads nowhere'),
-    (MESSAGES, {"messages": USER, "output_config": {"format": {"type": "json_object"}}},
-     "output_config.format.type: must be one of json_schema"),
-    (MESSAGES, {"messages": USER, "output_format": {"type": "json_schema"}},
-     "output_format.schema: is required"),
-    (MESSAGES, {"messages": USER, "output_format": {"type": "json_schema", "schema": {
-        "$ref": "#"}}}, "output_format.schema.$ref: leads back to itself"),
-    (MESSAGES + "/count_tokens", {"messages": "Hi"}, "messages: must be a list, not a string"),
-    (MESSAGES, {"messages": USER, "system": 5}, "system: must be a string or a list of blocks"),
-    (MESSAGES, {"messages": USER, "max_tokens": "9"}, "max_tokens: must be an integer"),
-    (MESSAGES, {"messages": USER, "stop_sequences": "END"}, "stop_sequences: must be a list"),
-    (MESSAGES, {"messages": USER, "stop_sequences": [1]}, "stop_sequences.0: must be a string"),
-    (MESSAGES, {"messages": USER, "thinking": {"type": "deep"}}, "thinking.type: must be one of "),
-    (MESSAGES, {"messages": USER, "thinking": {"type": "adaptive"},
-                "output_config": {"effort": "some"}}, "output_config.effort: must be one of "),
-    (MESSAGES, {"messages": USER, "output_config": {"effort": 0}},
-     "output_config.effort: must be a string"),
-    (MESSAGES, {"messages": USER, "tools": [{"name": "a"}], "tool_choice": {"type": "any"},
-                "output_format": {"type": "xml"}}, "output_format.type: must be one of"),
-    (MESSAGES, {"messages": USER, "top_k": None, "stream": 1}, "stream: must be true or false"),
-    (CHAT, {"messages": USER, "n": 0}, "n: must be 1"),
-    (CHAT, b"{nope", "The body is not JSON: Expecting property name"),
-    (CHAT, b"", "The body is not JSON: Expecting value"),
-    (CHAT, b"[1]", "The body must be a JSON object, not a list."),
-    (CHAT, b"null", "The body must be a JSON object, not null."),
-    (CHAT, b'{"temperature": NaN}', "The body is not JSON: NaN is not JSON."),
-    (CHAT, b'{"temperature": 1e999}', "The body is not JSON: 1e999 is not JSON."),
-    (CHAT, b'{"seed": ' + b"9" * 1_000_000 + b"}", "The body is not JSON: 99999999999999999999..."),
-    (CHAT, b'{"temperature": -Infinity}', "The body is not JSON: -Infinity is not JSON."),
-    (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
-    (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
-    (CHAT, b"[" * 201 + b'"' + b'\\"' * 30_000,
-     "The body is not JSON: it is nested deeper than 200 levels."),
-    (CHAT, b"[" * 100000, "The body is not JSON: it is nested deeper than 200 levels."),
-    (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is not JSON: it is nested deeper than 200 levels."),
-    (MESSAGES, b"{", "The body is not JSON: Expecting property name"),
-]
-
-# What Ollama answers, and what the client gets: the recorded texts of 0.12.11 to 0.32.15.
-NATIVE_OVERFLOW = json.dumps({"error": {
-    "code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 45042, "n_ctx": 512,
-    "message": "request (45042 tokens) exceeds the available context size (512 tokens), "
-               "try increasing it"}})
-REFUSALS = [
-    (400, "the input length exceeds the context length", 400, "prompt is too long: 0 tokens > 0"),
-    (400, "input exceeds maximum context length", 400, "prompt is too long: 0 tokens > 0"),
-    (400, "the prompt is longer than the context length currently available to the model; ...", 400,
-     "prompt is too long: 0 tokens > 0"),
-    (400, NATIVE_OVERFLOW, 400, "prompt is too long: 45042 tokens > 512 maximum"),
-    (500, "request (26528 tokens) exceeds the available context size (16384 tokens), try increasing"
-     " it", 400, "prompt is too long: 26528 tokens > 16384 maximum"),
-    (404, "model 'nope' not found", 404, "model 'nope' not found"),
-    (200, "model \"nope\" not found, try pulling it first", 404, "model \"nope\" not found"),
-    (400, "registry.ollama.ai/library/plain:latest does not support tools", 400, "registry.ollama"),
-    (400, "invalid model name", 400, "invalid model name"),
-    (500, "option \"temperature\" must be of type float32", 400, "option \"temperature\" must"),
-    (500, "invalid JSON schema in format", 400, "invalid JSON schema in format"),
-    (500, "invalid format: \"\\\"xml\\\"\"; expected \"json\" or a valid JSON Schema object", 400,
-     "invalid format: "),
-    (500, json.dumps({"error": {"code": 500, "type": "server_error", "message":
-                                "image input is not supported - hint: if this is unexpected, you "
-                                "may need to provide the mmproj"}}), 400, "image input is not"),
-    (501, "This server does not support embeddings", 400, "This server does not"),
-    (503, "server busy, please try again.  maximum pending requests exceeded", 503, "server busy"),
-    (500, "llama-server process has terminated: exit status 2", 502, "Ollama failed: llama-server"),
-    (500, "an error was encountered while running the model: unexpected EOF", 502,
-     "Ollama failed: an error"),
-    (499, "request canceled", 499, "request canceled"),
-    (302, "", 502, "Ollama failed: Ollama answered 302 without a message"),
-]
-
-JSON_CLIENTS: List[Dict[str, str]] = [
-    {"accept": "application/json"}, {"accept": "*/*", "x-stainless-lang": "python"},
-    {"accept": "*/*", "sec-fetch-mode": "cors", "user-agent": "node"},
-    {"accept": "*/*", "user-agent": "ai/6.0.326 ai-sdk/provider-utils"}, {"user-agent": "ai-sdk/1"}]
-STREAM_CLIENTS: List[Dict[str, str]] = [
-    {}, {"accept": "*/*", "user-agent": "curl/8.5.0"},
-    {"accept": "*/*", "user-agent": "python-requests/2.32"}, {"user-agent": "Python-urllib/3.11"},
-    {"accept": "text/event-stream", "x-stainless-lang": "js"},
-    {"accept": "application/json, text/event-stream"}]
-
-URLS = [
-    ("127.0.0.1:11434", "http://127.0.0.1:11434"), ("example.local", "http://example.local:11434"),
-    ("example.local:99", "http://example.local:99"), (":99", "http://127.0.0.1:99"),
-    ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:99", "http://127.0.0.1:99"),
-    ("http://0.0.0.0:99", "http://127.0.0.1:99"), ("http://a", "http://a:80"),
-    ("https://a/", "https://a:443"), ("https://a:8443/x/", "https://a:8443/x"),
-    ("[::1]", "http://[::1]:11434"), ("[::1]:99", "http://[::1]:99"), ("::1", "http://[::1]:11434"),
-    ("[::]:99", "http://[::1]:99"), (' "a" ', "http://a:11434")]
-
-
-def body_of(**fields: Any) -> ollama_api.Body:
-    return ollama_api.Body({"model": "plain", **fields}, Config())
-
-
-class Tables(ServerCase):
-
-    def test_bad_input_is_a_400_that_names_the_field_first(self) -> None:
-        for path, body, message in BAD_BODIES:
-            with self.subTest(path=path, body=body if len(str(body)) < 200 else "..."):
-                reply = self.ask("POST", path, body)
-                self.assertEqual((reply.status, reply.kind), (400, "application/json"))
-                error = reply.json["error"]
-                self.assertEqual(error["message"][:len(message)], message)
-                self.assertEqual(error["type"], "invalid_request_error")
-                if not path.startswith(MESSAGES):
-                    names = re.match(r"([a-z_.0-9]+): ", message)
-                    self.assertEqual(error["param"], names and names[1])
-                else:
-                    self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
-                self.assertEqual(reply.headers["x-should-retry"], "false")
-        self.assertEqual(self.ollama.asked, [])
-
-    def test_how_deep_brackets_are_nested(self) -> None:
-        for data, deeper in (
-                (b'["' + b"[" * 300 + b'"]', False), (b'["\\""' + b"[" * 300, True),
-                (b'["\\\\"' + b"[" * 300, True), (b'["\\"' + b"[" * 300 + b'"]', False),
-                (b'["\\\\\\"' + b"[" * 300 + b'"]', False), (b'["a"' + b"[" * 300, True),
-                (b"[]" * 300, False), (b"[{" * 100 + b"}]" * 100, False),
-                (b"[{" * 101 + b"}]" * 101, True), (b'"' + b"[" * 300 + b'"', False)):
-            with self.subTest(data[:20]):
-                self.assertEqual(ollama_api.too_deep(data, 200), deeper)
-
-    def test_of_equal_keys_the_last_counts_and_long_numbers_come_through(self) -> None:
-        self.ollama.queue(Script())
-        number = int("9" * 4300)
-        reply = self.ask("POST", CHAT, b'{"messages": 5, "model": "a", "model": "b", "messages": '
-                         b'[{"role": "user", "content": "Hi"}], "tools": [{"function": {"name": "f",'
-                         b'"parameters": {"properties": {"a": {"enum": [%d]}}}}}]}' % number)
-        self.assertEqual(reply.status, 200, reply.text)
-        (_, asked), = self.ollama.asked
-        self.assertEqual((asked["model"], asked["messages"][0]["content"]), ("b", "Hi"))
-        properties = asked["tools"][0]["function"]["parameters"]["properties"]
-        self.assertEqual(properties["a"]["enum"], [number])
-
-    def test_refusals_of_ollama(self) -> None:
-        for status, text, ours, message in REFUSALS:
-            with self.subTest(text=text):
-                error = ollama_api.refused(status, json.dumps({"error": text}))
-                self.assertEqual((error.status, error.message[:len(message)]), (ours, message))
-
-    def test_the_types_of_anthropics_errors(self) -> None:
-        for status, retry_after, kind in (
-                (400, None, "invalid_request_error"), (401, None, "authentication_error"),
-                (403, None, "permission_error"), (404, None, "not_found_error"),
-                (405, None, "invalid_request_error"), (413, None, "request_too_large"),
-                (429, None, "rate_limit_error"), (500, None, "api_error"), (502, None, "api_error"),
-                (503, None, "api_error"), (503, 5, "overloaded_error"), (504, None, "timeout_error")):
-            error = ollama_api.APIError(status, "words", retry_after=retry_after)
-            self.assertEqual(ollama_api.messages_error(error, "req_1"), {
-                "type": "error", "request_id": "req_1", "error": {"type": kind, "message": "words"}})
-
-    def test_how_much_thought_is_asked_for(self) -> None:
-        for thinking_, effort, think in (
-                (None, None, False), (None, "high", False), ({"type": "disabled"}, "high", False),
-                ({"type": "enabled", "budget_tokens": 5}, None, True), ({"type": "adaptive"}, None, True),
-                ({"type": "between_tools"}, None, True), ({"type": "adaptive"}, "low", "low"),
-                ({"type": "adaptive"}, "xhigh", "max"), ({"type": "enabled"}, "max", "max")):
-            self.ollama.queue(Script())
-            self.ask("POST", MESSAGES, {"messages": USER, "thinking": thinking_,
-                                        "output_config": {"effort": effort}})
-            self.assertEqual(self.ollama.asked[-1][1]["think"], think)
-
-    def test_how_much_thought_openais_clients_ask_for(self) -> None:
-        for body, think in (
-                ({}, None), ({"reasoning_effort": None, "reasoning": {}}, None),
-                ({"reasoning_effort": "none"}, False), ({"reasoning_effort": "minimal"}, "low"),
-                ({"reasoning_effort": "medium"}, "medium"), ({"reasoning_effort": "xhigh"}, "max"),
-                ({"reasoning": {"effort": "ultra"}}, "max"),
-                ({"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, "high"),
-                ({"think": True}, True), ({"think": "max"}, "max"),
-                ({"think": False, "chat_template_kwargs": {"enable_thinking": True}}, False),
-                ({"chat_template_kwargs": {"enable_thinking": True}}, True),
-                ({"chat_template_kwargs": {"enable_thinking": False}, "think": None}, False)):
-            question = ollama_api.chat_request(body_of(messages=USER, **body))
-            self.assertEqual(question.body.get("think"), think, body)
-
-    def test_what_else_a_chat_may_ask_for(self) -> None:
-        def read(**body: Any) -> ollama_api.Question:
-            return ollama_api.chat_request(body_of(**{"messages": USER, **body}))
-        self.assertEqual(read(stop=["a"], options={"stop": ["b"]}).stop, ["a", "b"])
-        self.assertEqual(read(options={"stop": ["b"]}).body["options"], {})
-        self.assertTrue(read(functions=[{"name": "a"}]).one_call)
-        self.assertFalse(read(tools=[]).one_call)
-        messages = [{"role": "assistant", "function_call": {"name": "a"}},
-                    {"role": "function", "name": "a", "content": None}]
-        self.assertEqual(read(messages=messages).body["messages"][1]["content"], "(no text)")
-
-    def test_what_else_a_response_may_ask_for(self) -> None:
-        def read(**body: Any) -> ollama_api.ResponsesQuestion:
-            return ollama_api.responses_request(body_of(input="Hi", **body))
-        self.assertTrue(read(parallel_tool_calls=False).one_call)
-        self.assertFalse(read().one_call)
-        self.assertEqual(read(options={"stop": ["a"]}).stop, ["a"])
-        self.assertEqual(read(text={"format": {"type": "json_object"}}).body["format"], ANY)
-        self.assertEqual(read(keep_alive="5m", think=True).body["think"], True)
-        question = read(tools=[{"type": "custom", "name": "say"}])
-        found = ollama_api.responses_call(question, ToolCall("say", {"text": 1}))
-        self.assertEqual(found["input"], '{"text": 1}')           # what else the model made of it
-
-    def test_log_probabilities_go_with_the_text_that_is_held_back(self) -> None:
-        tokens_: List[Any] = [{"token": letter, "logprob": -1} for letter in "abc"]
-        events = [Text(token["token"], (token,)) for token in tokens_]
-        found = list(ollama_api.until_stop(iter([*events, Finish("stop", 7, 3)]), ["abd"], 3))
-        self.assertEqual(found, [Text("abc", tuple(tokens_)), Finish("stop", 7, 3)])
-        found = list(ollama_api.unrepeated(iter([*events, Finish("stop", 7, 3)]), "ab"))
-        self.assertEqual(found, [Text("c", (tokens_[2],)), Finish("stop", 7, 3)])
-        self.assertEqual(list(ollama_api.parts_of({"logprobs": [5, {"token": "a"}]})),
-                         [Text("", ({"token": "a"},))])
-
-    def test_what_ollama_did_not_compute_again_is_told(self) -> None:
-        for path, usage in ((CHAT, {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15,
-                                    "prompt_tokens_details": {"cached_tokens": 4}}),
-                            (RESPONSES, {"input_tokens": 9, "output_tokens": 6, "total_tokens": 15,
-                                         "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
-                                         "output_tokens_details": {"reasoning_tokens": 0}}),
-                            (MESSAGES, {"input_tokens": 5, "output_tokens": 6,
-                                        "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4})):
-            self.ollama.queue(Script([{**done("stop", 9, 6), "prompt_eval_cached_count": 4}]))
-            reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": False})
-            self.assertEqual(reply.json["usage"], usage)
-
-    def test_embeddings_that_are_none(self) -> None:
-        for vectors, words in (([], "0 embeddings for 1 texts"), (None, "0 embeddings"),
-                               ([[1], [2]], "2 embeddings for 1 texts"), ([5], "no list of numbers"),
-                               ([["a"]], "no list of numbers"), ([[1e300]], "no list of numbers")):
-            self.ollama.queue(Script([{"embeddings": vectors}]))
-            reply = self.ask("POST", EMBEDDINGS, {"input": "a"})
-            self.assertEqual((reply.status, reply.json["error"]["type"]), (502, "api_error"))
-            self.assertIn(words, reply.text)
-
-    def test_an_error_of_ollama_that_is_not_json_keeps_its_text(self) -> None:
-        for text in ("boom", "<h1>Bad gateway</h1>", "[5]"):
-            self.assertEqual(ollama_api.refused(500, text).message, "Ollama failed: " + text)
-
-    def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
-        overflow = Script([{"error": "the input length exceeds the context length"}], 400)
-        for body, told in (({"model": "plain"}, "prompt is too long: 10001 tokens > 512 maximum"),
-                           ({"model": "unloaded"}, "prompt is too long: 10001 tokens > 0 maximum")):
-            self.ollama.queue(overflow)
-            reply = self.ask("POST", MESSAGES, {
-                **body, "messages": [{"role": "user", "content": "word" * 10000}]})
-            self.assertEqual((reply.status, reply.json["error"]["message"]), (400, told))
-
-    def test_who_wants_a_stream_without_saying_so(self) -> None:
-        for headers in JSON_CLIENTS:
-            self.assertFalse(ollama_api.wants_stream(headers, "auto"), headers)
-            self.assertTrue(ollama_api.wants_stream(headers, "on"), headers)
-        for headers in STREAM_CLIENTS:
-            self.assertTrue(ollama_api.wants_stream(headers, "auto"), headers)
-        self.assertFalse(ollama_api.wants_stream({"accept": "*/*"}, "off"))
-
-    def test_addresses_of_ollama(self) -> None:
-        for text, url in URLS:
-            self.assertEqual(ollama_api.ollama_url(text), url, text)
-        for text in ("ftp://a", "a b", "http://a@b", "http://a\r\nb"):
-            with self.assertRaises(ValueError, msg=text):
-                ollama_api.ollama_url(text)
-
-    def test_stop_texts_do_not_depend_on_how_the_text_arrives(self) -> None:
-        cases = [("alpha END beta", ["END"], "alpha ", "END"),
-                 ("aabaabaac", ["aabaac"], "aab", "aabaac"),
-                 ("one two", ["two three"], "one two", None),
-                 ("abcd", ["bcd", "abc"], "", "abc"), ("xabc", ["bc", "abc"], "x", "abc"),
-                 ("abcdef", ["abcde", "bc"], "a", "bc"), ("alpha", ["alpha"], "", "alpha"),
-                 ("", ["a"], "", None)]
-        chance = random.Random(1)
-        for text, stops, before, matched in cases:
-            for _ in range(50):
-                cuts = sorted(chance.choices(range(len(text) + 1), k=3))
-                pieces = [text[i:j] for i, j in zip([0] + cuts, cuts + [len(text)])]
-                events: List[Event] = [Text(piece) for piece in pieces if piece]
-                events.append(Finish("stop", 7, 6))
-                found: List[Any] = list(ollama_api.until_stop(iter(events), stops, 3))
-                *texts, finish = found
-                with self.subTest(pieces=pieces):
-                    self.assertEqual("".join(part.text for part in texts), before)
-                    self.assertEqual(finish.stop_sequence, matched)
-                    self.assertEqual(finish.reason, "stop_sequence" if matched else "stop")
-
-    def test_a_stop_text_is_not_looked_for_in_thoughts(self) -> None:
-        events: List[Event] = [Text("a E"), Thinking("END"), Text("ND"), Finish("stop", 7, 6)]
-        found = list(ollama_api.until_stop(iter(events), ["END"], 3))
-        self.assertEqual(found, [Text("a "), Text("E"), Thinking("END"), Text("ND"),
-                                 Finish("stop", 7, 6)])
-
-    def test_a_tool_call_and_what_follows_it_wait_for_the_end(self) -> None:
-        call = ToolCall("a", {"b": 1})
-        for chunks, wanted in (
-                ([line(calls(("a", {"b": 1}))), content("x"), thinking("y"), done()],
-                 [call, Text("x"), Thinking("y"), Finish("tool_calls", 7, 6)]),
-                ([content("x"), done("stop", 7, 6, {**calls(("a", {"b": 1})), "content": "z"})],
-                 [Text("x"), Text("z"), call, Finish("tool_calls", 7, 6)]),
-                ([line(calls(("a", {"b": 1}), ("a", {"b": 1}))), done("length")],
-                 [call, call, Finish("length", 7, 6)]),
-                ([line(calls(("a", None))), done("")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)])):
-            self.assertEqual(list(ollama_api.events_of(iter(chunks))), wanted)
-        events = ollama_api.events_of(iter([content("x"), line(calls(("a", {}))), content("y")]))
-        self.assertEqual(next(events), Text("x"))
-        with self.assertRaises(ollama_api.APIError):
-            next(events)
-
-    def test_an_answer_that_ends_for_no_known_reason_is_none(self) -> None:
-        for path, whole in ((CHAT, "DONE"), (MESSAGES, "message_stop"), (RESPONSES, "completed")):
-            for reason, stream in itertools.product(("load", "unload", "odd"), (True, False)):
-                self.ollama.queue(Script([content("The"), done(reason)]))
-                reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": stream})
-                self.assertEqual(reply.status, 200 if stream else 502)
-                self.assertIn(f'done_reason is \\"{reason}\\"', reply.text)
-                self.assertNotIn(whole, reply.text)
-
-    def test_an_answer_of_nothing_is_an_error_only_where_a_tool_call_was_lost(self) -> None:
-        thought, blank, one = [thinking("Hm.")], [content("\n\n")], [{"name": "a"}]
-        for tools, said, reason, tokens, status in (
-                (one, [], "stop", 6, 502), (one, thought + blank, "stop", 20, 502),
-                (one, [], "stop", 1, 200), (one, thought, "length", 4, 200),
-                (one, [{**content(""), "logprobs": [{"token": "a"}]}], "stop", 20, 502),
-                (one, blank + [content("Hi")], "stop", 6, 200), ([], thought, "stop", 6, 200)):
-            self.ollama.queue(Script([*said, done(reason, 7, tokens)]))
-            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": tools})
-            self.assertEqual(reply.status, status)
-
-    def test_an_image_in_a_search_result_is_seen(self) -> None:
-        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
-        self.ollama.queue(Script([{"capabilities": ["vision"]}]), Script())
-        self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
-            {"type": "search_result", "title": "T", "source": "s", "content": [image]}]}]})
-        self.assertEqual(self.ollama.asked[1][1]["messages"][0]["images"], ["AAAA"])
-        reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
-            {"type": "mid_conv_system", "content": [image]}]}]})
-        self.assertEqual(reply.status, 400)
-
-    def test_who_is_asked_whether_it_can_see(self) -> None:
-        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
-        for abilities, status in (({"capabilities": ["vision"]}, 200), ({}, 200),
-                                  ({"capabilities": []}, 400)):
-            self.ollama.scripts = [Script([abilities]), Script()]
-            reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
-            self.assertEqual(reply.status, status)
-        self.ollama.scripts = [Script([{"error": "model 'nope' not found"}], 404)]
-        reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
-        self.assertEqual(reply.status, 404)
-
-    def test_events_of_both_kinds_differ_even_with_equal_text(self) -> None:
-        self.assertNotEqual(Text("a"), Thinking("a"))
-
+class ResponsesTiming(EveryDialect.Timing):
+    path = RESPONSES
+    question = {"input": "Hi"}
+    begin = b"event: response.created"
+    ping = b"event: response.in_progress"
+    error = b"event: response.failed"
+    end = b"response.completed"
+
+    def test_a_response_that_waits_is_in_progress_again_and_fails_in_a_frame(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([gate, {"error": "boom"}], 500))
+        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
+            stream.until(b'"sequence_number": 3')
+            gate.set()
+            frames = [json.loads(part) for part in re.findall("data: (.*)", stream.reply().text)]
+        self.assertEqual([frame["sequence_number"] for frame in frames], list(range(len(frames))))
+        kinds = [frame["type"] for frame in frames]
+        self.assertEqual(kinds, ["response.created", *["response.in_progress"] * (len(kinds) - 2), "response.failed"])
+        self.assertEqual(len({frame["response"]["id"] for frame in frames}), 1)
+
+    def test_a_prompt_that_is_too_long_after_a_wait_is_reported_in_openais_words(self) -> None:
+        gate = threading.Event()
+        error = {"error": {"code": 400, "type": "exceed_context_size_error", "n_ctx": 512,
+                           "message": "exceeds the available context size", "n_prompt_tokens": 600}}
+        self.ollama.queue(Script([gate, {"error": json.dumps(error)}], 400))
+        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
+            stream.until(b"response.in_progress")
+            gate.set()
+            frame = json.loads(stream.until(b"failed").rpartition(b"data: ")[2])
+        self.assertEqual(frame["response"]["error"]["code"], "context_length_exceeded")
+        self.assertIn("maximum context length is 512", frame["response"]["error"]["message"])
+
+    def test_a_response_that_has_waited_goes_on_without_a_second_beginning(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([gate, *SKY]))
+        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
+            stream.until(b"response.in_progress")
+            gate.set()
+            stream.until(b"response.completed")
+            beginning = stream.got.partition(b"response.output_item.added")[0]
+        self.assertEqual(beginning.count(b"event: response.created"), 1)
+
+    def test_a_response_that_is_refused_before_it_waits_is_a_real_status(self) -> None:
+        self.ollama.queue(Script([{"error": "model 'nope' not found"}], 404))
+        reply = self.ask("POST", RESPONSES, {"input": "Hi", "model": "nope", "stream": True})
+        self.assertEqual((reply.status, reply.json["error"]["code"]), (404, "model_not_found"))
+
+
+@needs(openai, "openai")
+class ResponseStreamsSDK(OpenAICase):
+    QUESTION = ResponsesSDK.QUESTION
+
+    def test_a_stream_survives_a_long_silence(self) -> None:
+        gate = threading.Event()
+        self.ollama.queue(Script([gate, *SKY]))
+        timer = threading.Timer(0.3, gate.set)
+        timer.start()
+        self.addCleanup(timer.join)
+        numbers = [event.sequence_number
+                   for event in self.client().responses.create(**self.QUESTION, stream=True)]
+        self.assertEqual(numbers, list(range(len(numbers))))
+        self.assertGreater(len(numbers), 13)           # pings are among them
+
+
+# ---- Models and health ---------------------------------------------------------------------------
 
 class ModelsAndHealth(ServerCase):
 
@@ -2679,20 +3573,6 @@ class ModelsAndHealth(ServerCase):
         for modified in ("2026-13-45T00:00:00Z", "0001-01-01T00:00:00+02:00", "soon", ""):
             self.ollama.gets["/api/tags"] = {"models": [{"name": "a", "modified_at": modified}]}
             self.assertEqual(self.ask("GET", "/v1/models").json["data"][0]["created"], 0)
-
-    def test_a_context_that_the_client_gave_as_a_text_is_not_calculated_with(self) -> None:
-        self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
-        reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain",
-                                        "options": {"num_ctx": "12"}})
-        self.assertEqual((reply.status, reply.json["error"]["code"]),
-                         (400, "context_length_exceeded"))
-
-    def test_a_context_that_is_no_number_is_a_broken_answer(self) -> None:
-        for models in (5, [5], [{"name": "plain", "context_length": "many"}]):
-            self.ollama.gets["/api/ps"] = {"models": models}
-            self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
-            reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain"})
-            self.assertEqual((reply.status, "is broken" in reply.text), (502, True), models)
 
     def test_no_models_are_an_empty_list(self) -> None:
         self.ollama.gets["/api/tags"] = {"models": None}
@@ -2746,56 +3626,144 @@ class ModelsAndHealth(ServerCase):
         self.assertTrue(script.left.wait(PATIENCE))
 
 
-class AliasesAndContext(ServerCase):
-    settings = {"alias": ("claude-*=plain", "*=nope"), "num_ctx": 4096}
+# ---- Routes --------------------------------------------------------------------------------------
 
-    def test_an_alias_answers_for_a_name_that_is_not_installed(self) -> None:
-        self.ollama.queue(Script([{"error": "model 'claude-x' not found"}], 404), Script())
-        reply = self.ask("POST", MESSAGES, {"model": "claude-x", "messages": USER})
-        self.assertEqual((reply.status, reply.json["model"]), (200, "claude-x"))
-        self.assertEqual([body["model"] for _, body in self.ollama.asked], ["claude-x", "plain"])
-        model = self.ask("GET", "/v1/models/claude-x").json
-        self.assertEqual((model["id"], model["display_name"]), ("claude-x", "plain:latest"))
+class Routes(ServerCase):
 
-    def test_an_alias_for_nothing_is_a_404_and_no_loop(self) -> None:
-        missing = Script([{"error": "model 'nope' not found"}], 404)
-        self.ollama.queue(missing, missing)
-        reply = self.ask("POST", CHAT, {"model": "nope", "messages": USER})
-        self.assertEqual((reply.status, len(self.ollama.asked)), (404, 2))
+    def test_paths_that_clients_get_wrong(self) -> None:
+        for path in ("/v1/v1/messages", "/messages", "/v1/messages/", "//v1/messages",
+                     "/v1/messages?beta=true"):
+            self.ollama.queue(Script())
+            reply = self.ask("POST", path, {"messages": USER})
+            self.assertEqual(reply.json["type"], "message", path)
 
-    def test_an_alias_for_nothing_is_told_in_the_same_words_everywhere(self) -> None:
-        self.ollama.queue(*[Script([{"error": "model not found"}], 404)] * 2)
-        asked = self.ask("POST", CHAT, {"model": "gpt", "messages": USER})
-        found = self.ask("GET", "/v1/models/gpt")
-        self.assertEqual((asked.status, asked.json), (found.status, found.json))
-        self.assertIn('model: "gpt" is not installed in Ollama, nor is "nope", its --alias. '
-                      "Installed: plain:latest, ", asked.json["error"]["message"])
+    def test_errors_speak_the_dialect_of_the_path_or_of_the_client(self) -> None:
+        for path, headers, anthropic in (
+                ("/v1/messages/batches", {}, True), ("/v1/messages", {}, True),
+                ("/v1/nope", {"anthropic_version": "2023-06-01"}, True),
+                ("/v1/nope", {}, False), ("/v1/models/x", {}, False)):
+            reply = self.ask("GET", path, **headers)
+            self.assertIn(reply.status, (404, 405))
+            self.assertEqual("request_id" in reply.json, anthropic, path)
 
-    def test_num_ctx_is_sent_with_every_request(self) -> None:
-        self.ollama.queue(Script())
-        self.ask("POST", CHAT, {"messages": USER, "temperature": 0.5})
-        self.assertEqual(self.ollama.asked[0][1]["options"], {"temperature": 0.5, "num_ctx": 4096})
-        self.ollama.queue(Script(), Script([{"embeddings": [[1]]}]))
-        self.ask("POST", CHAT, {"messages": USER, "num_ctx": 512})
-        self.ask("POST", EMBEDDINGS, {"input": "a"})
-        self.assertEqual([body["options"] for _, body in self.ollama.asked[1:]],
-                         [{"num_ctx": 512}, {"num_ctx": 4096}])
-
-    def test_num_ctx_is_the_maximum_that_an_overflow_tells(self) -> None:
-        self.ollama.queue(Script([{"error": "the input length exceeds the context length"}], 400))
-        reply = self.ask("POST", CHAT, {"model": "plain", "messages": USER})
-        self.assertIn("maximum context length is 4096 tokens", reply.json["error"]["message"])
+    def test_head_options_and_the_methods_that_are_allowed(self) -> None:
+        head = self.ask("HEAD", "/")
+        self.assertEqual((head.status, head.text), (200, ""))
+        self.assertGreater(int(head.headers["content-length"]), 0)
+        reply = self.raw((HEALTH + b"\r\n").replace(b"GET", b"HEAD") + HEALTH + LAST)
+        self.assertEqual((reply.count(b"HTTP/1.1 200 OK"), reply.count(b"\n{")), (2, 1))
+        self.assertEqual(self.ask("OPTIONS", "/v1/messages").headers["allow"], "OPTIONS, POST")
+        refused = self.ask("GET", "/v1/chat/completions")
+        self.assertEqual((refused.status, refused.headers["allow"]), (405, "OPTIONS, POST"))
 
 
-# ---- Schemas and tools ---------------------------------------------------------------------------
+# ---- Tools ---------------------------------------------------------------------------------------
 
-ANY: Dict[str, Any] = {"type": "object"}
+class ForcedCalls(ServerCase):
+    """Ask an Ollama that obeys nothing but `format`, as a model without tools does."""
+
+    TOOLS: List[Any] = [
+        {"name": "get_weather", "input_schema": {
+            "type": "object", "required": ["city", "days"], "properties": {
+                "days": {"type": "integer", "minimum": 1}, "city": {"$ref": "#/$defs/City"}},
+            "$defs": {"City": {"type": "object", "required": ["name"], "properties": {
+                "name": {"type": "string"}, "twin": {"$ref": "#/$defs/City"}}}}}},
+        {"name": "now", "input_schema": {}},
+        {"name": "pick", "input_schema": prop({"enum": ["x", "y"]}, required=["a"])}]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ollama.forever = self.obey
+
+    def obey(self, body: Any) -> Script:
+        if "format" not in body or "tools" in body or body["think"] is not False:
+            return Script([content("I would rather talk."), done()])
+        text = json.dumps(example(body["format"], body["format"]), sort_keys=True)
+        return Script([*map(content, re.findall(r"\W|\w+", text)), done()])
+
+    def test_the_tool_that_is_named_is_called(self) -> None:
+        arguments = {"get_weather": {"city": {"name": "text"}, "days": 1}, "now": {},
+                     "pick": {"a": "x"}}
+        for name, wanted in arguments.items():
+            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
+                                                "tool_choice": {"type": "tool", "name": name}})
+            block, = reply.json["content"]
+            self.assertEqual((block["type"], block["name"], block["input"]),
+                             ("tool_use", name, wanted))
+            self.assertEqual(reply.json["stop_reason"], "tool_use")
+
+    def test_one_of_the_tools_is_called(self) -> None:
+        for stream in (False, True):
+            reply = self.ask("POST", MESSAGES, {
+                "messages": USER, "tools": self.TOOLS, "tool_choice": {"type": "any"},
+                "stream": stream, "stop_sequences": ["city"]})
+            self.assertEqual(reply.text.count('"name": "get_weather"'), 1)
+            self.assertNotIn("text_delta", reply.text)
+            self.assertIn('"stop_reason": "tool_use"', reply.text)
+
+    def test_a_prefill_does_not_come_between(self) -> None:
+        for said, text in (("Sure: ", 'Sure: {"a": "x"}'), ("{", '{{"a": "x"}'), ("{", '{"a": "x"}')):
+            self.ollama.forever = None
+            self.ollama.queue(Script([content(text), done()]))
+            reply = self.ask("POST", MESSAGES, {
+                "messages": [*USER, {"role": "assistant", "content": said}], "tools": self.TOOLS,
+                "tool_choice": {"type": "tool", "name": "pick"}})
+            self.assertEqual(reply.json["content"][0]["input"], {"a": "x"})
+
+    def test_openais_required_and_named_tools_hold_too(self) -> None:
+        tools = [{"type": "function", "function": {"name": tool["name"], "parameters":
+                                                   tool["input_schema"]}} for tool in self.TOOLS]
+        for choice, name in (("required", "get_weather"),
+                             ({"type": "function", "function": {"name": "pick"}}, "pick"),
+                             ({"type": "allowed_tools", "allowed_tools": {
+                                 "mode": "required", "tools": tools[1:]}}, "now")):
+            for stream in (False, True):
+                reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": stream,
+                                                "tool_choice": choice, "stop": "city"})
+                self.assertIn(f'"name": "{name}"', reply.text)
+                self.assertIn('"finish_reason": "tool_calls"', reply.text)
+        flat: List[Any] = [{"type": "function", "name": "now"}, {"type": "namespace", "name": "ns", "tools": [
+            {"type": "custom", "name": "say"}]}]
+        choices: List[Any] = [("required", "now"), ({"type": "custom", "name": "say"}, "say"),
+                              ({"type": "custom", "name": "ns.say"}, "say")]
+        for choice, name in choices:
+            reply = self.ask("POST", RESPONSES, {"input": "Hi", "tools": flat, "tool_choice": choice})
+            self.assertEqual([item["name"] for item in reply.json["output"]], [name])
+        self.ollama.forever = lambda body: Script([*SKY] if "tools" not in body else [])
+        reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": False,
+                                        "tool_choice": "none"})
+        self.assertEqual(reply.json["choices"][0]["message"]["content"], "The sky is blue.")
+
+    def test_a_model_that_does_not_obey_is_an_error_and_not_an_answer(self) -> None:
+        for text in ("I would rather talk.", "[1]", "5", "", '{"name": 5, "parameters": {}}',
+                     '{"name": "now", "parameters": {"x": 1e999}}', '{"name": "zzz", "parameters": {}}',
+                     '{"name": "now", "parameters": {"x": "\\ud800"}}', '{"answer": 1}'):
+            self.ollama.forever = None
+            self.ollama.queue(Script([content(text), done()]))
+            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
+                                                "tool_choice": {"type": "any"}})
+            self.assertEqual(reply.status, 502)
 
 
-def prop(schema: Any, **more: Any) -> Dict[str, Any]:
-    """An object with the one property `a`."""
-    return {"type": "object", "properties": {"a": schema}, **more}
+def example(schema: Any, root: Any) -> Any:
+    """Return the first value that a schema allows."""
+    if "$ref" in schema:
+        return example(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    if "anyOf" in schema:
+        return example(schema["anyOf"][0], root)
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return schema["enum"][0]
+    if schema.get("type") == "object" or "properties" in schema:
+        return {name: example(schema["properties"][name], root)
+                for name in schema.get("required", ())}
+    kind = schema.get("type")
+    return {"string": "text", "integer": schema.get("minimum", 0)}.get(
+        kind[0] if isinstance(kind, list) else kind)
 
+
+# ---- JSON schemas --------------------------------------------------------------------------------
 
 def nested(levels: int, word: str = "anyOf") -> Any:
     schema: Any = {"type": "string"}
@@ -2805,7 +3773,7 @@ def nested(levels: int, word: str = "anyOf") -> Any:
 
 
 # What a client may send, what Ollama is sent for it, and what is reported as left out. The first
-# rows are those of wire/README.md, which hurt a real Ollama, in its order.
+# rows are schemas that stop a real Ollama's runner, hang a model, or end the process.
 SCHEMAS: List[Any] = [
     *(({"type": "string", "pattern": pattern}, {"type": "string"}, ["s.pattern"]) for pattern in (
         "(?=x)x", "(?:x)", "(?<n>x)", "(?i)x", r"^\d\w\s\S\b\/\-$", "x", "", r"^\p{L}$",
@@ -2950,7 +3918,8 @@ class Schemas(unittest.TestCase):
     def test_many_parts_and_references_do_not_cost_the_square_of_their_number(self) -> None:
         schemas: List[Any] = [{"allOf": [{"required": [f"{n}"]} for n in range(30_000)]},
                               {"allOf": [{"properties": {f"{n}": {}}} for n in range(30_000)]},
-                              {"x": [0] * 200_000, "allOf": [{"$ref": "#/x/0"}] * 20_000}]
+                              {"x": [0] * 200_000, "allOf": [{"$ref": "#/x/0"}] * 20_000},
+                              {"x": {"allOf": [0] * 20_000}, "allOf": [{"$ref": "#/x"}] * 20_000}]
         for schema in schemas:
             started = time.process_time()
             ollama_api.tool_schema(schema)
@@ -2982,8 +3951,8 @@ class Schemas(unittest.TestCase):
         self.assertLess(len("".join(left_out)), 64 * 200)
 
 
-# A tool's schema, and what Ollama is given for it; the kinds that it refuses are those of the
-# recordings `tool-odd-schema`.
+# A tool's schema, and what Ollama is given for it. Of the first rows it would refuse the whole
+# request.
 TOOL_SCHEMAS: List[Any] = [
     ({}, {"type": "object", "properties": {}}),
     ({"type": 5, "properties": [], "required": "a"}, {"type": "object", "properties": {}}),
@@ -3028,110 +3997,6 @@ class ToolSchemas(unittest.TestCase):
             self.assertLess(len(found), 20 * len(json.dumps([schema, twice])))
 
 
-class ForcedCalls(ServerCase):
-    """The scripted Ollama obeys nothing but `format` here, as a model without tools does."""
-
-    TOOLS: List[Any] = [
-        {"name": "get_weather", "input_schema": {
-            "type": "object", "required": ["city", "days"], "properties": {
-                "days": {"type": "integer", "minimum": 1}, "city": {"$ref": "#/$defs/City"}},
-            "$defs": {"City": {"type": "object", "required": ["name"], "properties": {
-                "name": {"type": "string"}, "twin": {"$ref": "#/$defs/City"}}}}}},
-        {"name": "now", "input_schema": {}},
-        {"name": "pick", "input_schema": prop({"enum": ["x", "y"]}, required=["a"])}]
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.ollama.forever = self.obey
-
-    def obey(self, body: Any) -> Script:
-        if "format" not in body or "tools" in body or body["think"] is not False:
-            return Script([content("I would rather talk."), done()])
-        text = json.dumps(example(body["format"], body["format"]), sort_keys=True)
-        return Script([*map(content, re.findall(r"\W|\w+", text)), done()])
-
-    def test_the_tool_that_is_named_is_called(self) -> None:
-        arguments = {"get_weather": {"city": {"name": "text"}, "days": 1}, "now": {},
-                     "pick": {"a": "x"}}
-        for name, wanted in arguments.items():
-            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
-                                                "tool_choice": {"type": "tool", "name": name}})
-            block, = reply.json["content"]
-            self.assertEqual((block["type"], block["name"], block["input"]),
-                             ("tool_use", name, wanted))
-            self.assertEqual(reply.json["stop_reason"], "tool_use")
-
-    def test_one_of_the_tools_is_called(self) -> None:
-        for stream in (False, True):
-            reply = self.ask("POST", MESSAGES, {
-                "messages": USER, "tools": self.TOOLS, "tool_choice": {"type": "any"},
-                "stream": stream, "stop_sequences": ["city"]})
-            self.assertEqual(reply.text.count('"name": "get_weather"'), 1)
-            self.assertNotIn("text_delta", reply.text)
-            self.assertIn('"stop_reason": "tool_use"', reply.text)
-
-    def test_a_prefill_does_not_come_between(self) -> None:
-        for said, text in (("Sure: ", 'Sure: {"a": "x"}'), ("{", '{{"a": "x"}'), ("{", '{"a": "x"}')):
-            self.ollama.forever = None
-            self.ollama.queue(Script([content(text), done()]))
-            reply = self.ask("POST", MESSAGES, {
-                "messages": [*USER, {"role": "assistant", "content": said}], "tools": self.TOOLS,
-                "tool_choice": {"type": "tool", "name": "pick"}})
-            self.assertEqual(reply.json["content"][0]["input"], {"a": "x"})
-
-    def test_openais_required_and_named_tools_hold_too(self) -> None:
-        tools = [{"type": "function", "function": {"name": tool["name"], "parameters":
-                                                   tool["input_schema"]}} for tool in self.TOOLS]
-        for choice, name in (("required", "get_weather"),
-                             ({"type": "function", "function": {"name": "pick"}}, "pick"),
-                             ({"type": "allowed_tools", "allowed_tools": {
-                                 "mode": "required", "tools": tools[1:]}}, "now")):
-            for stream in (False, True):
-                reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": stream,
-                                                "tool_choice": choice, "stop": "city"})
-                self.assertIn(f'"name": "{name}"', reply.text)
-                self.assertIn('"finish_reason": "tool_calls"', reply.text)
-        flat: List[Any] = [{"type": "function", "name": "now"}, {"type": "namespace", "name": "ns", "tools": [
-            {"type": "custom", "name": "say"}]}]
-        choices: List[Any] = [("required", "now"), ({"type": "custom", "name": "say"}, "say"),
-                              ({"type": "custom", "name": "ns.say"}, "say")]
-        for choice, name in choices:
-            reply = self.ask("POST", RESPONSES, {"input": "Hi", "tools": flat, "tool_choice": choice})
-            self.assertEqual([item["name"] for item in reply.json["output"]], [name])
-        self.ollama.forever = lambda body: Script([*SKY] if "tools" not in body else [])
-        reply = self.ask("POST", CHAT, {"messages": USER, "tools": tools, "stream": False,
-                                        "tool_choice": "none"})
-        self.assertEqual(reply.json["choices"][0]["message"]["content"], "The sky is blue.")
-
-    def test_a_model_that_does_not_obey_is_an_error_and_not_an_answer(self) -> None:
-        for text in ("I would rather talk.", "[1]", "5", "", '{"name": 5, "parameters": {}}',
-                     '{"name": "now", "parameters": {"x": 1e999}}', '{"name": "zzz", "parameters": {}}',
-                     '{"name": "now", "parameters": {"x": "\\ud800"}}', '{"answer": 1}'):
-            self.ollama.forever = None
-            self.ollama.queue(Script([content(text), done()]))
-            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
-                                                "tool_choice": {"type": "any"}})
-            self.assertEqual(reply.status, 502)
-
-
-def example(schema: Any, root: Any) -> Any:
-    """The first value that a schema allows."""
-    if "$ref" in schema:
-        return example(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    if "anyOf" in schema:
-        return example(schema["anyOf"][0], root)
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        return schema["enum"][0]
-    if schema.get("type") == "object" or "properties" in schema:
-        return {name: example(schema["properties"][name], root)
-                for name in schema.get("required", ())}
-    kind = schema.get("type")
-    return {"string": "text", "integer": schema.get("minimum", 0)}.get(
-        kind[0] if isinstance(kind, list) else kind)
-
-
 class HarmlessSchemas(ServerCase):
 
     def test_no_schema_that_hurts_ollama_reaches_it(self) -> None:
@@ -3168,7 +4033,7 @@ class HarmlessSchemas(ServerCase):
 
 
 def hazards(schema: Any, root: Any) -> Iterator[str]:
-    """What wire/README.md says of schemas that hurt, found in one."""
+    """Yield what a schema has that hurts a real Ollama."""
     if not isinstance(schema, dict):
         yield f"{schema!r} as a schema"
         return
@@ -3192,6 +4057,285 @@ def hazards(schema: Any, root: Any) -> Iterator[str]:
     for part in inner:
         yield from hazards(part, root)
 
+
+# ---- Asking Ollama -------------------------------------------------------------------------------
+
+# What Ollama answers, and what the client gets: texts of Ollama 0.12.11 to 0.32.15.
+NATIVE_OVERFLOW = json.dumps({"error": {
+    "code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 45042, "n_ctx": 512,
+    "message": "request (45042 tokens) exceeds the available context size (512 tokens), "
+               "try increasing it"}})
+REFUSALS = [
+    (400, "the input length exceeds the context length", 400, "prompt is too long: 0 tokens > 0"),
+    (400, "input exceeds maximum context length", 400, "prompt is too long: 0 tokens > 0"),
+    (400, "the prompt is longer than the context length currently available to the model; ...", 400,
+     "prompt is too long: 0 tokens > 0"),
+    (400, NATIVE_OVERFLOW, 400, "prompt is too long: 45042 tokens > 512 maximum"),
+    (500, "request (26528 tokens) exceeds the available context size (16384 tokens), try increasing"
+     " it", 400, "prompt is too long: 26528 tokens > 16384 maximum"),
+    (404, "model 'nope' not found", 404, "model 'nope' not found"),
+    (200, "model \"nope\" not found, try pulling it first", 404, "model \"nope\" not found"),
+    (400, "registry.ollama.ai/library/plain:latest does not support tools", 400, "registry.ollama"),
+    (400, "invalid model name", 400, "invalid model name"),
+    (500, "option \"temperature\" must be of type float32", 400, "option \"temperature\" must"),
+    (500, "invalid JSON schema in format", 400, "invalid JSON schema in format"),
+    (500, "invalid format: \"\\\"xml\\\"\"; expected \"json\" or a valid JSON Schema object", 400,
+     "invalid format: "),
+    (500, json.dumps({"error": {"code": 500, "type": "server_error", "message":
+                                "image input is not supported - hint: if this is unexpected, you "
+                                "may need to provide the mmproj"}}), 400, "image input is not"),
+    (501, "This server does not support embeddings", 400, "This server does not"),
+    (501, "this build has no such thing", 400, "this build has no such thing"),
+    (503, "server busy, please try again.  maximum pending requests exceeded", 503, "server busy"),
+    (500, "llama-server process has terminated: exit status 2", 502, "Ollama failed: llama-server"),
+    (500, "an error was encountered while running the model: unexpected EOF", 502,
+     "Ollama failed: an error"),
+    (499, "request canceled", 499, "request canceled"),
+    (302, "", 502, "Ollama failed: Ollama answered 302 without a message"),
+]
+
+
+class AskingOllama(ServerCase):
+
+    def test_refusals_of_ollama(self) -> None:
+        for status, text, ours, message in REFUSALS:
+            with self.subTest(text=text):
+                error = ollama_api.refused(status, json.dumps({"error": text}))
+                self.assertEqual((error.status, error.message[:len(message)]), (ours, message))
+
+    def test_an_error_of_ollama_that_is_not_json_keeps_its_text(self) -> None:
+        for text in ("boom", "<h1>Bad gateway</h1>", "[5]"):
+            self.assertEqual(ollama_api.refused(500, text).message, "Ollama failed: " + text)
+
+    def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
+        overflow = Script([{"error": "the input length exceeds the context length"}], 400)
+        for body, told in (({"model": "plain"}, "prompt is too long: 10001 tokens > 512 maximum"),
+                           ({"model": "unloaded"}, "prompt is too long: 10001 tokens > 0 maximum")):
+            self.ollama.queue(overflow)
+            reply = self.ask("POST", MESSAGES, {
+                **body, "messages": [{"role": "user", "content": "word" * 10000}]})
+            self.assertEqual((reply.status, reply.json["error"]["message"]), (400, told))
+
+    def test_a_context_that_the_client_gave_as_a_text_is_not_calculated_with(self) -> None:
+        self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
+        reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain",
+                                        "options": {"num_ctx": "12"}})
+        self.assertEqual((reply.status, reply.json["error"]["code"]),
+                         (400, "context_length_exceeded"))
+
+    def test_a_context_that_is_no_number_is_a_broken_answer(self) -> None:
+        for models in (5, [5], [{"name": "plain", "context_length": "many"}]):
+            self.ollama.gets["/api/ps"] = {"models": models}
+            self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
+            reply = self.ask("POST", CHAT, {"messages": USER, "model": "plain"})
+            self.assertEqual((reply.status, "is broken" in reply.text), (502, True), models)
+
+    def test_images_are_for_models_that_can_see(self) -> None:
+        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        for abilities, status in (({"capabilities": ["vision"]}, 200), ({}, 200),
+                                  ({"capabilities": []}, 400)):
+            self.ollama.scripts = [Script([abilities]), Script()]
+            reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
+            self.assertEqual(reply.status, status)
+        self.ollama.scripts = [Script([{"error": "model 'nope' not found"}], 404)]
+        reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
+        self.assertEqual(reply.status, 404)
+
+
+class AliasesAndContext(ServerCase):
+    settings = {"alias": ("claude-*=plain", "*=nope"), "num_ctx": 4096}
+
+    def test_an_alias_answers_for_a_name_that_is_not_installed(self) -> None:
+        self.ollama.queue(Script([{"error": "model 'claude-x' not found"}], 404), Script())
+        reply = self.ask("POST", MESSAGES, {"model": "claude-x", "messages": USER})
+        self.assertEqual((reply.status, reply.json["model"]), (200, "claude-x"))
+        self.assertEqual([body["model"] for _, body in self.ollama.asked], ["claude-x", "plain"])
+        model = self.ask("GET", "/v1/models/claude-x").json
+        self.assertEqual((model["id"], model["display_name"]), ("claude-x", "plain:latest"))
+
+    def test_an_alias_for_nothing_is_a_404_and_no_loop(self) -> None:
+        missing = Script([{"error": "model 'nope' not found"}], 404)
+        self.ollama.queue(missing, missing)
+        reply = self.ask("POST", CHAT, {"model": "nope", "messages": USER})
+        self.assertEqual((reply.status, len(self.ollama.asked)), (404, 2))
+
+    def test_an_alias_for_nothing_is_reported_in_the_same_words_everywhere(self) -> None:
+        self.ollama.queue(*[Script([{"error": "model not found"}], 404)] * 2)
+        asked = self.ask("POST", CHAT, {"model": "gpt", "messages": USER})
+        found = self.ask("GET", "/v1/models/gpt")
+        self.assertEqual((asked.status, asked.json), (found.status, found.json))
+        self.assertIn('model: "gpt" is not installed in Ollama, nor is "nope", its --alias. '
+                      "Installed: plain:latest, ", asked.json["error"]["message"])
+
+    def test_num_ctx_is_sent_with_every_request(self) -> None:
+        self.ollama.queue(Script())
+        self.ask("POST", CHAT, {"messages": USER, "temperature": 0.5})
+        self.assertEqual(self.ollama.asked[0][1]["options"], {"temperature": 0.5, "num_ctx": 4096})
+        self.ollama.queue(Script(), Script([{"embeddings": [[1]]}]))
+        self.ask("POST", CHAT, {"messages": USER, "num_ctx": 512})
+        self.ask("POST", EMBEDDINGS, {"input": "a"})
+        self.assertEqual([body["options"] for _, body in self.ollama.asked[1:]],
+                         [{"num_ctx": 512}, {"num_ctx": 4096}])
+
+    def test_num_ctx_is_the_maximum_that_an_overflow_tells(self) -> None:
+        self.ollama.queue(Script([{"error": "the input length exceeds the context length"}], 400))
+        reply = self.ask("POST", CHAT, {"model": "plain", "messages": USER})
+        self.assertIn("maximum context length is 4096 tokens", reply.json["error"]["message"])
+
+
+def head_of(status: str, *fields: str, body: str = "") -> Wire:
+    return Wire("\r\n".join(["HTTP/1.1 " + status, *fields, "", body]).encode())
+
+
+# An answer whose head is at fault, the status and words of the error.
+HEADS = [
+    (head_of("502 Bad Gateway", "Content-Type: text/html", body="<html>nginx</html>"),
+     502, "<html>nginx</html>"),
+    (head_of("500 Internal Server Error", body="[" * 9000), 502, "[[["),
+    (head_of("302 Found", "Location: /api/tags", "Content-Length: 0"), 502, "answered 302"),
+    (head_of("301 Moved Permanently", "Location: http://127.0.0.1:1/"), 502, "answered 301"),
+    (head_of("200 OK", "Content-Encoding: gzip", body="\x1f\x08\n"), 502, "not JSON"),
+    (head_of("200 OK", "Content-Length: 99", body='{"message": {"content": ""}}\n'),
+     502, "without saying that it was done"),
+    (head_of("200 OK", "Content-Length: 0"), 502, "without saying that it was done"),
+    (head_of("204 No Content"), 502, "answered 204"),
+    (head_of("200 OK", "Content-Length: 5", "Transfer-Encoding: nonsense"), 502, "done"),
+    (head_of("200 OK", *["A: b"] * 200), 502, "is broken"),
+    (head_of("200 OK", "A: " + "b" * 70000), 502, "is broken"),
+    (Wire(b"HTTP/1.1 200 OK\r\nContent-"), 502, "done"), (RESET, 502, "is broken"),
+    (Wire(b"SSH-2.0-OpenSSH_9.2\r\n"), 502, "BadStatusLine"), (Wire(b""), 502, "RemoteDisc"),
+    (head_of("503 Service Unavailable", body='{"error": "server busy, please try again"}'),
+     503, "server busy"),
+    (head_of("429 Too Many Requests", body='{"error": "slow down"}'), 429, "slow down"),
+    (head_of("401 Unauthorized", "WWW-Authenticate: Basic", body="unauthorized"),
+     401, "unauthorized")]
+
+
+class FailingOllama(FailingCase):
+
+    def test_an_answer_whose_head_is_at_fault_is_a_status(self) -> None:
+        for (path, body, _), (head, status, words) in itertools.product(DIALECTS, HEADS):
+            for stream, reply in self.faults(path, body, Script([head, CUT])):
+                with self.subTest(path=path, head=head[:80], stream=stream):
+                    self.refused(reply, status, words)
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may discard what came before")
+    def test_an_ollama_that_refuses_a_request_before_its_end_is_listened_to(self) -> None:
+        refusal = head_of("413 Too Large", body='{"error": "too large for me"}')
+        self.refused(self.interrupted(refusal), 413, "too large for me")
+
+    def test_an_ollama_that_resets_a_request_before_its_end_is_a_502(self) -> None:
+        self.refused(self.interrupted(b""), 502, "is broken")
+
+    def interrupted(self, answer: bytes) -> Reply:
+        """Ask an Ollama that reads little of a large request, sends `answer`, and is gone."""
+        def interrupt() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1000)
+                sock.sendall(answer)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            self.port = self.serve(
+                ollama=f"http://127.0.0.1:{listener.getsockname()[1]}").server_address[1]
+            interrupting = threading.Thread(target=interrupt)
+            interrupting.start()
+            large = {"messages": [{"role": "user", "content": "x" * 16_000_000}]}
+            reply = self.ask("POST", CHAT, large)
+            interrupting.join(PATIENCE)
+        return reply
+
+    def test_an_ollama_that_takes_no_connection_is_a_503_that_says_what_to_do(self) -> None:
+        self.ollama.shutdown()
+        self.ollama.server_close()
+        for (path, body, _), stream in itertools.product(DIALECTS, (True, False)):
+            reply = self.ask("POST", path, {**body, "stream": stream})
+            self.assertEqual(reply.status, 503)
+            self.assertIn("ollama serve", reply.json["error"]["message"])
+
+
+# For localhost, until 2126; made with `openssl req -x509 -newkey ec`.
+PEM = """
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg99zIb2amo03mcDrs
+fx4XzfHyOWfMw3sSpv4QLLdTdAehRANCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGg
+Q7t3xD9gsEsYyKvIcVsh+KY/FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBP
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUR10BXLW/RgC3WLh0AnyDr+HaIlEwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA5NDcwNloYDzIxMjYxMDMx
+MDk0NzA2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGgQ7t3xD9gsEsYyKvIcVsh+KY/
+FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBPo28wbTAdBgNVHQ4EFgQUx1j33w+C0KHm
+EJUn5F1cCzwNYzEwHwYDVR0jBBgwFoAUx1j33w+C0KHmEJUn5F1cCzwNYzEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhAKAeC4mm9/obDAQKxwsUizezLFlhkantQpD5+x9Y5ynBAiEA
+sixfKzc4jmliFOJhepY8HXB78pQ1skjpAenq5HE/oIc=
+-----END CERTIFICATE-----
+"""
+
+
+class OllamaBehindTLS(ServerCase):
+    """Ask an Ollama elsewhere, behind https."""
+    settings = {"ollama_key": "secret"}
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.enter(tempfile.TemporaryDirectory())
+        pem = os.path.join(folder, "pem")
+        Path(pem).write_text(PEM)
+        self.enter(mock.patch.dict(os.environ, SSL_CERT_FILE=pem))
+        self.keys: List[Any] = []
+        perform = ScriptedHandler.perform
+
+        def noted(handler: ScriptedHandler, script: Script) -> None:
+            self.keys.append(handler.headers["Authorization"])
+            perform(handler, script)
+        self.enter(mock.patch.object(ScriptedHandler, "perform", noted))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        self.ollama.socket = context.wrap_socket(self.ollama.socket, server_side=True)
+        self.secure = self.serve(
+            ollama=self.ollama.url.replace("http://127.0.0.1", "https://localhost"), **self.settings)
+
+    def test_answers_of_one_record_and_of_many_are_read_and_the_key_is_sent(self) -> None:
+        self.port = self.secure.server_address[1]
+        long = [content("word " * count) for count in range(1, 4000, 37)]
+        for steps_, count in ((SKY, 0), ([*long, done()], sum(range(1, 4000, 37)))):
+            self.ollama.queue(Script(steps_))
+            reply = self.ask("POST", CHAT, {"messages": [
+                {"role": "user", "content": "x" * 3_000_000}]})
+            self.assertIn("[DONE]", reply.text)
+            self.assertEqual(reply.text.count("word "), count)
+        self.assertEqual(self.keys, ["Bearer secret"] * 2)
+
+    def test_a_client_that_leaves_ends_the_tls_connection_to_ollama(self) -> None:
+        self.port = self.secure.server_address[1]
+        script = self.ollama.queue(Script([content("The"), threading.Event()]))
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            stream.until(b"The")
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
+        context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(os.environ["SSL_CERT_FILE"])
+        ours, theirs = socket.socketpair()
+
+        def send() -> None:
+            with server.wrap_socket(theirs, server_side=True) as sock:
+                sock.sendall(b"x" * 10_000)      # one record
+                sock.recv(1)
+        sender = threading.Thread(target=send)
+        sender.start()
+        with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
+                                 ollama_api.Client(), 99, time.monotonic() + PATIENCE) as upstream:
+            self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
+        sender.join(PATIENCE)
+
+
+# ---- Counting tokens -----------------------------------------------------------------------------
 
 class CountTokens(ServerCase):
     COUNT = MESSAGES + "/count_tokens"
@@ -3246,6 +4390,9 @@ class CountTokens(ServerCase):
         rates.learn(body, 2000)
         rates.learn({**body, "model": "other"}, 1000)
         self.assertEqual(rates.tokens(body), 2000)
+        for _ in range(4):
+            rates.learn(body, 1000)
+        self.assertLess(rates.tokens(body), 1100)  # earlier counts fade
         for number in range(2 * ollama_api.RATES_KEPT):
             rates.learn({**body, "model": str(number)}, 1000)
         self.assertEqual(len(rates.seen), ollama_api.RATES_KEPT)
@@ -3260,20 +4407,263 @@ class CountTokens(ServerCase):
         self.assertEqual(len({reply.text for reply in replies}), 1)
 
 
-# ---- HTTP ----------------------------------------------------------------------------------------
+# ---- Events of an answer -------------------------------------------------------------------------
 
-GET = b"GET /health HTTP/1.1\r\n"
-HEALTH = GET + b"Host: localhost\r\n"
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
+# The steps of a fault in the body, and words of the error: a 502, before or after the first token.
+BROKEN: List[Tuple[List[Any], str]] = [
+    ([RESET], "ConnectionResetError"), ([CUT], "IncompleteRead"),
+    ([], "without saying that it was done"),
+    ([Wire(b"fff\r\n{"), CUT], "IncompleteRead"), ([Wire(b"zz\r\n{"), CUT], "IncompleteRead"),
+    ([b"{broken\n"], "not JSON"), ([b"[1]\n"], "not an object"),
+    ([b'{"message": {"tool_calls": [{"function": {"name": "a", "arguments": {"x": NaN}}}]}}\n'],
+     "not JSON"),
+    ([b'{"message": {"content": "a"}, "logprobs": [{"logprob": -1e999}]}\n'], "not JSON"),
+    ([b"[" * 5000 + b"\n"], "not JSON"), ([b'{"message": {"content": "\xff"}}\n'], "not JSON"),
+    ([b'{"message": {"content": "' + b"x" * 10000], "a line of more than 9999 bytes"),
+    ([b"<html>Bad Gateway</html>"], "not JSON"), ([b"\x1f\x8b\x08\0\n"], "not JSON"),
+    ([{"error": "boom"}], "Ollama failed: boom"), ([{"error": "boom"}, *SKY], "failed: boom"),
+    ([{"error": {"message": 5}}], "message is 5"), ([b'{"message": "b"}\n'], 'message is "b"'),
+    ([done("unload")], 'done_reason is "unload"'),
+    ([line({"content": 5})], "content is 5"), ([line({"thinking": ["a"]})], 'thinking is ["a"]'),
+    ([line({}, done="yes")], 'done is "yes"'),
+    ([line({}, done=True, eval_count="6")], "eval_count is"),
+    ([line({}, done=True, done_reason={})], "done_reason is {}"),
+    ([line({"tool_calls": {"name": "a"}}), done()], "tool_calls is {"),
+    ([line({"tool_calls": ["a"]}), done()], "without a name: {}"),
+    ([line(calls(("", {}))), done()], "without a name: {"),
+    ([line(calls(("a", "{}"))), done()], 'arguments is "{}"')]
+
+
+class BrokenAnswers(FailingCase):
+
+    def test_an_answer_that_fails_before_the_first_token_is_a_502(self) -> None:
+        for (path, body, _), (steps_, words) in itertools.product(DIALECTS, BROKEN):
+            for stream, reply in self.faults(path, body, Script([content(""), *steps_])):
+                with self.subTest(path=path, steps=str(steps_)[:80], stream=stream):
+                    self.refused(reply, 502, words)
+
+    def test_an_answer_that_fails_after_the_first_token_does_not_look_whole(self) -> None:
+        for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, BROKEN):
+            for stream, reply in self.faults(path, body, Script([content("The"), *steps_])):
+                with self.subTest(path=path, steps=str(steps_)[:80], stream=stream):
+                    if not stream:
+                        self.refused(reply, 502, words)
+                        continue
+                    self.assertEqual(reply.status, 200)
+                    self.assertIn('"The"', reply.text)
+                    self.assertNotIn("sky", reply.text)
+                    self.assertIsNone(re.search(whole, reply.text))
+                    last = reply.text.split("data: ")[-1]
+                    self.assertIn(json.dumps(words)[1:-1], last)
+                    self.assertIn("error", json.loads(last).get("response") or json.loads(last))
+
+    def test_what_looks_like_a_fault_and_is_none(self) -> None:
+        harmless: List[Tuple[List[Any], str]] = [
+            ([json.dumps(done()).encode()], ""),                         # no newline at the end
+            ([*SKY, b"{broken\n"], "blue"), ([*SKY, RESET], "blue"),        # after the answer
+            ([b"\n", *SKY[:2], b"\n\n", *SKY[2:]], "blue"),
+            ([*SKY[:2], b" \r\n\t\n", *SKY[2:]], "blue"),
+            ([{"done": False}, *SKY[:2], {}, {"message": None}, *SKY[2:]], "blue"),
+            ([content("The"), {"done": True, "eval_count": 6}], "The"),
+            ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], "\\u00fc")]
+        for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, harmless):
+            for stream, reply in self.faults(path, body, Script(steps_)):
+                with self.subTest(path=path, words=words, stream=stream):
+                    self.assertEqual(reply.status, 200)
+                    self.assertIn(words, reply.text)
+                    self.assertIsNotNone(re.search(whole, reply.text))
+
+
+class EventsOfAnAnswer(ServerCase):
+
+    def test_a_tool_call_and_what_follows_it_wait_for_the_end(self) -> None:
+        call = ToolCall("a", {"b": 1})
+        for chunks, wanted in (
+                ([line(calls(("a", {"b": 1}))), content("x"), thinking("y"), done()],
+                 [call, Text("x"), Thinking("y"), Finish("tool_calls", 7, 6)]),
+                ([content("x"), done("stop", 7, 6, {**calls(("a", {"b": 1})), "content": "z"})],
+                 [Text("x"), Text("z"), call, Finish("tool_calls", 7, 6)]),
+                ([line(calls(("a", {"b": 1}), ("a", {"b": 1}))), done("length")],
+                 [call, call, Finish("length", 7, 6)]),
+                ([line(calls(("a", None))), done("")], [ToolCall("a", {}), Finish("tool_calls", 7, 6)])):
+            self.assertEqual(list(ollama_api.events_of(iter(chunks))), wanted)
+        events = ollama_api.events_of(iter([content("x"), line(calls(("a", {}))), content("y")]))
+        self.assertEqual(next(events), Text("x"))
+        with self.assertRaises(ollama_api.APIError):
+            next(events)
+
+    def test_an_answer_that_ends_for_no_known_reason_is_none(self) -> None:
+        for path, whole in ((CHAT, "DONE"), (MESSAGES, "message_stop"), (RESPONSES, "completed")):
+            for reason, stream in itertools.product(("load", "unload", "odd"), (True, False)):
+                self.ollama.queue(Script([content("The"), done(reason)]))
+                reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": stream})
+                self.assertEqual(reply.status, 200 if stream else 502)
+                self.assertIn(f'done_reason is \\"{reason}\\"', reply.text)
+                self.assertNotIn(whole, reply.text)
+
+    def test_cached_tokens_are_reported(self) -> None:
+        for path, usage in ((CHAT, {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15,
+                                    "prompt_tokens_details": {"cached_tokens": 4}}),
+                            (RESPONSES, {"input_tokens": 9, "output_tokens": 6, "total_tokens": 15,
+                                         "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
+                                         "output_tokens_details": {"reasoning_tokens": 0}}),
+                            (MESSAGES, {"input_tokens": 5, "output_tokens": 6,
+                                        "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4})):
+            self.ollama.queue(Script([{**done("stop", 9, 6), "prompt_eval_cached_count": 4}]))
+            reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": False})
+            self.assertEqual(reply.json["usage"], usage)
+
+    def test_an_answer_of_nothing_is_an_error_only_where_a_tool_call_was_lost(self) -> None:
+        thought, blank, one = [thinking("Hm.")], [content("\n\n")], [{"name": "a"}]
+        for tools, said, reason, tokens, status in (
+                (one, [], "stop", 6, 502), (one, thought + blank, "stop", 20, 502),
+                (one, [], "stop", 1, 200), (one, thought, "length", 4, 200),
+                (one, [{**content(""), "logprobs": [{"token": "a"}]}], "stop", 20, 502),
+                (one, blank + [content("Hi")], "stop", 6, 200), ([], thought, "stop", 6, 200)):
+            self.ollama.queue(Script([*said, done(reason, 7, tokens)]))
+            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": tools})
+            self.assertEqual(reply.status, status)
+
+    def test_stop_texts_do_not_depend_on_how_the_text_arrives(self) -> None:
+        cases = [("alpha END beta", ["END"], "alpha ", "END"),
+                 ("aabaabaac", ["aabaac"], "aab", "aabaac"),
+                 ("one two", ["two three"], "one two", None),
+                 ("abcd", ["bcd", "abc"], "", "abc"), ("xabc", ["bc", "abc"], "x", "abc"),
+                 ("abcdef", ["abcde", "bc"], "a", "bc"), ("alpha", ["alpha"], "", "alpha"),
+                 ("", ["a"], "", None)]
+        chance = random.Random(1)
+        for text, stops, before, matched in cases:
+            for _ in range(50):
+                cuts = sorted(chance.choices(range(len(text) + 1), k=3))
+                pieces = [text[i:j] for i, j in zip([0] + cuts, cuts + [len(text)])]
+                events: List[Event] = [Text(piece) for piece in pieces if piece]
+                events.append(Finish("stop", 7, 6))
+                found: List[Any] = list(ollama_api.until_stop(iter(events), stops, 3))
+                *texts, finish = found
+                with self.subTest(pieces=pieces):
+                    self.assertEqual("".join(part.text for part in texts), before)
+                    self.assertEqual(finish.stop_sequence, matched)
+                    self.assertEqual(finish.reason, "stop_sequence" if matched else "stop")
+
+    def test_a_stop_text_is_not_looked_for_in_thoughts(self) -> None:
+        events: List[Event] = [Text("a E"), Thinking("END"), Text("ND"), Finish("stop", 7, 6)]
+        found = list(ollama_api.until_stop(iter(events), ["END"], 3))
+        self.assertEqual(found, [Text("a "), Text("E"), Thinking("END"), Text("ND"),
+                                 Finish("stop", 7, 6)])
+
+    def test_log_probabilities_go_with_the_text_that_is_held_back(self) -> None:
+        tokens_: List[Any] = [{"token": letter, "logprob": -1} for letter in "abc"]
+        events = [Text(token["token"], (token,)) for token in tokens_]
+        found = list(ollama_api.until_stop(iter([*events, Finish("stop", 7, 3)]), ["abd"], 3))
+        self.assertEqual(found, [Text("abc", tuple(tokens_)), Finish("stop", 7, 3)])
+        found = list(ollama_api.unrepeated(iter([*events, Finish("stop", 7, 3)]), "ab"))
+        self.assertEqual(found, [Text("c", (tokens_[2],)), Finish("stop", 7, 3)])
+        self.assertEqual(list(ollama_api.parts_of({"logprobs": [5, {"token": "a"}]})),
+                         [Text("", ({"token": "a"},))])
+
+
+# ---- Waiting for Ollama --------------------------------------------------------------------------
+
+class WaitingForOllama(ServerCase):
+    settings = {"ping": 0.05}
+
+    def test_a_model_that_is_busy_with_what_is_held_back_is_pinged_for_too(self) -> None:
+        enough = threading.Event()
+
+        def busy() -> Iterator[Any]:             # it is never silent for as long as --ping
+            while not enough.wait(0.02):
+                yield content("x")
+            yield done()
+        self.ollama.queue(Script(busy()))
+        with self.open("POST", MESSAGES, {"messages": USER, "stream": True,
+                                          "stop_sequences": ["x" * 1000]}) as stream:
+            self.assertNotIn(b"xx", stream.until(b'{"type": "ping"}\n\nevent: ping'))
+            enough.set()
+            self.assertIn(b"xx", stream.until(b"message_stop"))
+
+    def test_a_stop_text_frees_the_model(self) -> None:
+        script = self.ollama.queue(Script([content("a END"), threading.Event()]))
+        reply = self.ask("POST", CHAT, {"messages": USER, "stop": "END"})
+        self.assertIn("[DONE]", reply.text)
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_reset_by_the_client_frees_the_model(self) -> None:
+        script = self.ollama.queue(Script([content("The"), threading.Event()]))
+        stream = self.open("POST", CHAT, {"messages": USER})
+        stream.until(b"The")
+        stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        with stream:
+            pass
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_client_that_half_closes_has_left(self) -> None:
+        script = self.ollama.queue(Script([threading.Event()]))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(post({"messages": USER}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            sock.shutdown(socket.SHUT_WR)
+            self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_a_client_that_sends_its_next_request_early_has_not_left(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(post({"messages": USER, "stream": False}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            reply = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertIn(b"The sky is blue.", reply)
+        self.assertIn(b'"status": "ok"', reply)
+
+    def test_a_client_that_sends_something_early_and_leaves_frees_the_model(self) -> None:
+        for early in (b"\r\n", HEALTH + b"\r\n"):
+            script = self.ollama.queue(Script([threading.Event()]))
+            with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+                sock.sendall(post({"messages": USER, "stream": False}))
+                self.assertTrue(script.waits.wait(PATIENCE))
+                sock.sendall(early)
+                self.assertFalse(script.left.wait(0.1))
+            self.assertTrue(script.left.wait(PATIENCE), early)
+
+    def test_what_a_client_sends_early_does_not_fill_the_memory(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(post({"messages": USER, "stream": False}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            sock.settimeout(0.5)
+            with self.assertRaises(socket.timeout):         # the kernel's buffers are full
+                sock.sendall(b"x" * 64 * 1024 * 1024)
+            gate.set()
+            self.assertIn(b"The sky is blue.", sock.recv(65536))
+
+    def test_an_ollama_that_takes_no_request_is_waited_for_until_the_client_leaves(self) -> None:
+        held: List[ollama_api.Upstream] = []     # or the garbage collector would close it
+
+        class Held(ollama_api.Upstream):
+            def __init__(self, *given: Any) -> None:
+                super().__init__(*given)
+                held.append(self)
+        self.enter(mock.patch.object(ollama_api, "Upstream", Held))
+        with socket.socket() as stuck:           # it accepts, and reads nothing
+            stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            stuck.bind(("127.0.0.1", 0))
+            stuck.listen()
+            server = self.serve(ping=0.05, ollama=f"http://127.0.0.1:{stuck.getsockname()[1]}")
+            self.port = server.server_address[1]
+            large = {"messages": [{"role": "user", "content": "x" * 16_000_000}], "stream": True}
+            with self.open("POST", MESSAGES, large) as stream:
+                stream.until(b"event: ping")
+                self.assertEqual((server.running, len(server.connected)), (1, 1))
+            self.eventually(lambda: not server.connected)
+            self.assertEqual([upstream.closed for upstream in held], [True])
+
+
+# ---- Reading HTTP --------------------------------------------------------------------------------
+
 QUESTION = json.dumps({"messages": USER}).encode()
-
-
-def post(body: Any, *fields: bytes) -> bytes:
-    """The bytes of a chat request."""
-    data = json.dumps(body).encode()
-    return POST + b"".join(fields) + b"Content-Length: %d\r\n\r\n" % len(data) + data
-
 
 # The bytes of a request, the status that comes back, and whether the connection stays open.
 RAW = [
@@ -3348,58 +4738,7 @@ RAW = [
 ]
 
 
-# What a client sends, and what x-ignored-fields says of it.
-IGNORED: List[Any] = [
-    (CHAT, {"user": "me", "tools": None, "a\r\nb": 1}, "?, user"),
-    (CHAT, {"stream_options": {"include_usage": True, "include_obfuscation": False},
-            "reasoning": {"effort": "low", "summary": "auto"}},
-     "reasoning.summary, stream_options.include_obfuscation"),
-    (CHAT, {"user": "me", "logit_bias": {}, "store": True, "verbosity": "low",
-            "tools": [{"function": {"name": "a", "parameters": prop({"pattern": "x"})}}],
-            "tool_choice": "required", "reasoning_effort": "high"},
-     "logit_bias, reasoning_effort, store, tools.0.function.parameters.properties.a"
-     ".pattern, user, verbosity"),
-    (RESPONSES, {"input": "Hi", "messages": None, "reasoning_effort": "low",
-                 "chat_template_kwargs": {"enable_thinking": True}}, None),
-    (RESPONSES, {"input": "Hi", "messages": None, "text": {"format": {"type": "json_object"}},
-                 "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"},
-     "text.format"),
-    (RESPONSES, {"input": [{"type": "item_reference", "id": "i"},
-                           {"role": "user", "content": "Hi"}], "messages": None,
-                 "store": False, "include": [], "truncation": "auto", "background": False,
-                 "tools": [{"type": "web_search"}, {"type": "mcp"}], "text": {
-                     "verbosity": "low"}, "reasoning": {"summary": "auto"}},
-     "include, input.0, reasoning.summary, store, text.verbosity, tools.0, tools.1, "
-     "truncation"),
-    (COMPLETIONS, {"prompt": "a", "echo": True, "best_of": 1, "messages": None},
-     "best_of, echo"),
-    (MESSAGES, {"metadata": {"user_id": "me"},
-                "thinking": {"type": "disabled", "display": "x"},
-                "output_config": {"task_budget": {}, "effort": "low"}},
-     "metadata, output_config.effort, output_config.task_budget, thinking.display"),
-    (MESSAGES, {"a\r\nb": 1, "x" * 200: 1, **{f"f{n}": 1 for n in range(99)}},
-     ", ".join(["?", *sorted(f"f{n}" for n in range(62))])),
-    (MESSAGES, {"tools": [{"name": "a"}, {"type": "bash_20250124", "name": "bash"},
-                          {"name": "later", "defer_loading": True}],
-                "messages": [{"role": "user", "content": [
-                    {"type": "container_upload", "file_id": "f"},
-                    {"type": "document", "source": {"type": "base64", "data": ""}}]}]},
-     "messages.0.content.0, messages.0.content.1, tools.1, tools.2"),
-    (MESSAGES, {"tools": [{"name": "a", "input_schema": prop({"maxLength": 5})}],
-                "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}},
-     "thinking, tools.0.input_schema.properties.a.maxLength"),
-    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {"not": {}}}},
-     "output_format.schema.not"),
-    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}},
-                "tools": [{"name": "a"}], "tool_choice": {"type": "any"}},
-     "output_format.schema"),
-    (CHAT, {"response_format": {"type": "json_object"}, "tool_choice": "required",
-            "tools": [{"function": {"name": "a"}}]}, "response_format"),
-    (MESSAGES, {"system": "Hi"}, None)
-]
-
-
-class HTTP(ServerCase):
+class ReadingHTTP(ServerCase):
     settings = {"linger_seconds": 0.2, "head_seconds": 5.0}
 
     def test_heads_and_bodies(self) -> None:
@@ -3463,34 +4802,6 @@ class HTTP(ServerCase):
         self.port = self.serve(head_seconds=0.05, linger_seconds=0.05).server_address[1]
         self.assertRegex(self.raw(b"GET /health HT"), b"^HTTP/1.1 408 ")
 
-    def test_a_connection_without_requests_is_closed(self) -> None:
-        self.port = self.serve(idle_seconds=0.05).server_address[1]
-        self.assertEqual(self.raw(b""), b"")
-
-    def test_a_connection_too_many_is_closed_and_the_others_are_served(self) -> None:
-        self.port = self.serve(max_connections=1).server_address[1]
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as first:
-            self.assertEqual(self.raw(b""), b"")
-            first.sendall(HEALTH + b"\r\n")
-            self.assertRegex(first.recv(65536), b"^HTTP/1.1 200 ")
-
-    def test_a_connection_for_which_there_is_no_thread_is_closed(self) -> None:
-        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError) as start:
-            self.assertEqual(self.raw(b""), b"")
-        self.assertEqual(start.call_count, 1)
-        self.assertEqual(self.ask("GET", "/health").status, 200)
-
-    def test_all_who_wait_are_accepted_in_one_go(self) -> None:
-        server = ollama_api.Server(Config(port=0))
-        with contextlib.ExitStack() as waiting:
-            waiting.callback(server.server_close)
-            for _ in range(5):
-                waiting.enter_context(socket.create_connection(
-                    ("127.0.0.1", server.server_address[1])))
-            server.service_actions()
-            self.assertEqual(len(server.connected), 5)
-        self.eventually(lambda: not server.connected)
-
     def test_bytes_that_trickle_in_have_one_deadline_for_all(self) -> None:
         self.port = self.serve(head_seconds=0.2, body_seconds=0.2, body_bytes=999,
                                linger_seconds=0.1).server_address[1]
@@ -3527,22 +4838,6 @@ class HTTP(ServerCase):
                 self.assertEqual(sock.recv(65536), b"")
         self.assertEqual(self.ollama.asked, [])
 
-    def test_a_connection_carries_on_after_errors(self) -> None:
-        self.ollama.queue(Script([{"error": "model 'a' not found"}], 404), Script([CUT]), Script())
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        connection.connect()
-        sock = connection.sock
-        for path, body, status in (
-                (CHAT, "{", 400), (MESSAGES, '{"messages": 5}', 400), ("/nope", None, 404),
-                (CHAT, None, 405), (CHAT, '{"messages": [{"role": "user", "content": ""}]}', 404),
-                (MESSAGES, json.dumps({"messages": USER}), 502),
-                (MESSAGES, json.dumps({"messages": USER}), 200)):
-            connection.request("GET" if body is None else "POST", path, body)
-            with connection.getresponse() as response:
-                self.assertEqual((response.status, bool(response.read())), (status, True))
-                self.assertIs(connection.sock, sock, f"closed after {path} {body}")
-        connection.close()
-
     def test_requests_on_one_connection_are_answered_in_order(self) -> None:
         self.ollama.queue(Script(), Script())
         question = post({"messages": USER})
@@ -3552,95 +4847,11 @@ class HTTP(ServerCase):
                          [(b"200", b""), (b"", b"DONE"), (b"200", b""), (b"200", b""),
                           (b"", b"DONE"), (b"404", b"")])
 
-    def test_an_http_1_0_client_gets_a_stream_without_chunks(self) -> None:
-        self.ollama.queue(Script())
-        reply = self.raw(post({"messages": USER}).replace(b"HTTP/1.1", b"HTTP/1.0"))
-        head, _, body = reply.partition(b"\r\n\r\n")
-        self.assertNotIn(b"transfer-encoding", head)
-        self.assertTrue(body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n"), body)
 
-    def test_paths_that_clients_get_wrong(self) -> None:
-        for path in ("/v1/v1/messages", "/messages", "/v1/messages/", "//v1/messages",
-                     "/v1/messages?beta=true"):
-            self.ollama.queue(Script())
-            reply = self.ask("POST", path, {"messages": USER})
-            self.assertEqual(reply.json["type"], "message", path)
-
-    def test_errors_speak_the_dialect_of_the_path_or_of_the_client(self) -> None:
-        for path, headers, anthropic in (
-                ("/v1/messages/batches", {}, True), ("/v1/messages", {}, True),
-                ("/v1/nope", {"anthropic_version": "2023-06-01"}, True),
-                ("/v1/nope", {}, False), ("/v1/models/x", {}, False)):
-            reply = self.ask("GET", path, **headers)
-            self.assertIn(reply.status, (404, 405))
-            self.assertEqual("request_id" in reply.json, anthropic, path)
-
-    def test_head_options_and_the_methods_that_are_allowed(self) -> None:
-        head = self.ask("HEAD", "/")
-        self.assertEqual((head.status, head.text), (200, ""))
-        self.assertGreater(int(head.headers["content-length"]), 0)
-        reply = self.raw((HEALTH + b"\r\n").replace(b"GET", b"HEAD") + HEALTH + LAST)
-        self.assertEqual((reply.count(b"HTTP/1.1 200 OK"), reply.count(b"\n{")), (2, 1))
-        self.assertEqual(self.ask("OPTIONS", "/v1/messages").headers["allow"], "OPTIONS, POST")
-        refused = self.ask("GET", "/v1/chat/completions")
-        self.assertEqual((refused.status, refused.headers["allow"]), (405, "OPTIONS, POST"))
-
-    def test_fields_without_effect_are_named_and_cannot_break_the_head(self) -> None:
-        for path, body, ignored in IGNORED:
-            self.ollama.queue(Script([content("{}"), done()]))
-            reply = self.ask("POST", path, {"messages": USER, **body})
-            self.assertEqual((reply.status, reply.headers.get("x-ignored-fields")), (200, ignored))
-
-    def test_every_reply_has_an_id_that_the_sdks_find(self) -> None:
-        reply = self.ask("GET", "/health")
-        self.assertRegex(reply.headers["request-id"], "^req_[0-9a-f]{24}$")
-        self.assertEqual(reply.headers["request-id"], reply.headers["x-request-id"])
-
-    def test_a_bug_of_ours_is_a_500_without_inner_details(self) -> None:
-        def fail(*_: Any) -> None:
-            raise KeyError("secret")
-        with mock.patch.object(ollama_api.Ollama, "installed", fail):
-            reply = self.ask("GET", "/v1/models")
-        self.assertEqual((reply.status, reply.json["error"]["type"]), (500, "api_error"))
-        self.assertNotIn("secret", reply.text)
-        self.assertIn("KeyError: 'secret'", "".join(LOG))
-        del LOG[:]
-
-    def test_the_log_has_a_line_a_request_without_query_prompt_or_control_bytes(self) -> None:
-        self.ollama.queue(Script())
-        self.ask("POST", CHAT + "?key=secret", {"messages": USER, "model": "a\nb"})
-        self.eventually(lambda: LOG)
-        self.assertRegex(LOG[0], f"^POST {CHAT} a\nb 200 first=.*s in=7 out=6 .*/s total=")
-        self.ask("POST", CHAT, {"messages": 5, "model": "a" * 100_000})
-        self.eventually(lambda: len(LOG) > 1)
-        self.assertLess(len(LOG[1]), 400)
-        with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
-            REAL_LOG(LOG[0] + "\x1b[31m")
-        self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
-
-    def test_the_time_to_the_first_token_is_that_of_ollamas_even_where_it_is_held_back(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([line(calls(("a", {}))), gate, done()]))
-        with self.open("POST", MESSAGES, {"messages": USER, "tools": [{"name": "a"}]}) as stream:
-            self.assertTrue(script.waits.wait(PATIENCE))
-            self.assertFalse(script.left.wait(0.2))
-            gate.set()
-            stream.reply()
-        self.eventually(lambda: LOG)
-        first, total = map(float, re.findall(r"(?:first|total)=([\d.]+)s", LOG[0]))
-        self.assertLess(first + 0.1, total)
-
-    def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
-        closed = io.StringIO()
-        closed.close()
-        full = mock.Mock(write=mock.Mock(side_effect=OSError("no space left")))
-        for file, name in itertools.product((closed, None, full), ("stdout", "stderr")):
-            with mock.patch("sys." + name, file):
-                ollama_api.put(name, "a line")
-
+# ---- Who may ask ---------------------------------------------------------------------------------
 
 class WebPages(ServerCase):
-    """What a page in the user's browser can send, and what it gets."""
+    """Send what a page in the user's browser can send."""
     settings = {"allow_origin": ("https://chat.example",), "api_key": ("secret",)}
     body = {"messages": [{"role": "user", "content": "Hello!"}]}
 
@@ -3686,169 +4897,6 @@ class WebPages(ServerCase):
             self.assertNotIn("access-control-allow-origin", reply.headers)
 
 
-# For localhost, until 2126; made with `openssl req -x509 -newkey ec`.
-PEM = """
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg99zIb2amo03mcDrs
-fx4XzfHyOWfMw3sSpv4QLLdTdAehRANCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGg
-Q7t3xD9gsEsYyKvIcVsh+KY/FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBP
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBnDCCAUGgAwIBAgIUR10BXLW/RgC3WLh0AnyDr+HaIlEwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA5NDcwNloYDzIxMjYxMDMx
-MDk0NzA2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGgQ7t3xD9gsEsYyKvIcVsh+KY/
-FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBPo28wbTAdBgNVHQ4EFgQUx1j33w+C0KHm
-EJUn5F1cCzwNYzEwHwYDVR0jBBgwFoAUx1j33w+C0KHmEJUn5F1cCzwNYzEwDwYD
-VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
-zj0EAwIDSQAwRgIhAKAeC4mm9/obDAQKxwsUizezLFlhkantQpD5+x9Y5ynBAiEA
-sixfKzc4jmliFOJhepY8HXB78pQ1skjpAenq5HE/oIc=
------END CERTIFICATE-----
-"""
-
-
-class TLS(ServerCase):
-
-    def setUp(self) -> None:
-        folder = self.enterContext2(tempfile.TemporaryDirectory())
-        self.pem = os.path.join(folder, "pem")
-        Path(self.pem).write_text(PEM)
-        self.settings = {"tls_cert": self.pem, "linger_seconds": 0.2}
-        super().setUp()
-
-    def connect(self) -> ssl.SSLSocket:
-        context = ssl.create_default_context(cafile=self.pem)
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
-        return context.wrap_socket(sock, server_hostname="localhost")
-
-    def test_an_answer_is_streamed_and_the_next_request_may_come_early(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([content("The"), gate, done()]))
-        self.assertEqual(self.server.url, f"https://localhost:{self.port}")
-        with self.connect() as sock:
-            sock.sendall(post({"messages": USER}))
-            got = b""
-            while b"The" not in got:
-                got += sock.recv(65536)
-            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
-            self.assertFalse(script.left.wait(0.2))
-            gate.set()
-            got += b"".join(iter(lambda: sock.recv(65536), b""))
-        self.assertIn(b"[DONE]", got)
-        self.assertIn(b'"status": "ok"', got)
-
-    def test_a_client_that_leaves_frees_the_model(self) -> None:
-        script = self.ollama.queue(Script([threading.Event()]))
-        with self.connect() as sock:
-            sock.sendall(post({"messages": USER}))
-            self.assertTrue(script.waits.wait(PATIENCE))
-            self.assertFalse(script.left.wait(0.2))
-        self.assertTrue(script.left.wait(PATIENCE))
-
-    def test_half_a_record_while_an_answer_is_waited_for_is_nothing_yet(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([gate, *SKY]))
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = ssl.create_default_context(cafile=self.pem).wrap_bio(
-            incoming, outgoing, server_hostname="localhost")
-
-        def until(done: Callable[[], Any]) -> Any:
-            while True:
-                try:
-                    return done()
-                except ssl.SSLWantReadError:
-                    sock.sendall(outgoing.read())
-                    incoming.write(sock.recv(65536))
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            until(tls.do_handshake)
-            tls.write(post({"messages": USER, "stream": False}))
-            sock.sendall(outgoing.read())
-            self.assertTrue(script.waits.wait(PATIENCE))
-            tls.write(HEALTH + b"Connection: close\r\n\r\n")
-            record = outgoing.read()
-            sock.sendall(record[:20])
-            self.assertFalse(script.left.wait(0.2))
-            gate.set()
-            self.assertIn(b"The sky is blue.", until(lambda: tls.read(65536)))
-            sock.sendall(record[20:])
-            self.assertIn(b'"status": "ok"', until(lambda: tls.read(65536)))
-
-    def test_the_end_is_said_in_words_of_tls(self) -> None:
-        context = ssl.create_default_context(cafile=self.pem)
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as plain:
-            with context.wrap_socket(plain, server_hostname="localhost",
-                                     suppress_ragged_eofs=False) as sock:
-                sock.sendall(HEALTH + LAST)
-                reply = b"".join(iter(lambda: sock.recv(65536), b""))
-        self.assertRegex(reply, b"^HTTP/1.1 200 ")
-
-    def test_who_speaks_plain_http_or_nothing_holds_up_nobody(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE):
-            self.assertNotIn(b"200", self.raw(HEALTH + b"\r\n"))
-            with self.connect() as sock:
-                sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
-                self.assertRegex(sock.recv(65536), b"^HTTP/1.1 200 ")
-
-
-class OllamaBehindTLS(ServerCase):
-    """An Ollama elsewhere, behind https."""
-    settings = {"ollama_key": "secret"}
-
-    def setUp(self) -> None:
-        super().setUp()
-        folder = self.enterContext2(tempfile.TemporaryDirectory())
-        pem = os.path.join(folder, "pem")
-        Path(pem).write_text(PEM)
-        self.enterContext2(mock.patch.dict(os.environ, SSL_CERT_FILE=pem))
-        self.keys: List[Any] = []
-        perform = ScriptedHandler.perform
-
-        def noted(handler: ScriptedHandler, script: Script) -> None:
-            self.keys.append(handler.headers["Authorization"])
-            perform(handler, script)
-        self.enterContext2(mock.patch.object(ScriptedHandler, "perform", noted))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(pem)
-        self.ollama.socket = context.wrap_socket(self.ollama.socket, server_side=True)
-        self.secure = self.serve(
-            ollama=self.ollama.url.replace("http://127.0.0.1", "https://localhost"), **self.settings)
-
-    def test_answers_of_one_record_and_of_many_are_read_and_the_key_is_sent(self) -> None:
-        self.port = self.secure.server_address[1]
-        long = [content("word " * count) for count in range(1, 4000, 37)]
-        for steps_, count in ((SKY, 0), ([*long, done()], sum(range(1, 4000, 37)))):
-            self.ollama.queue(Script(steps_))
-            reply = self.ask("POST", CHAT, {"messages": [
-                {"role": "user", "content": "x" * 3_000_000}]})
-            self.assertIn("[DONE]", reply.text)
-            self.assertEqual(reply.text.count("word "), count)
-        self.assertEqual(self.keys, ["Bearer secret"] * 2)
-
-    def test_a_client_that_leaves_frees_the_model(self) -> None:
-        self.port = self.secure.server_address[1]
-        script = self.ollama.queue(Script([content("The"), threading.Event()]))
-        with self.open("POST", CHAT, {"messages": USER}) as stream:
-            stream.until(b"The")
-        self.assertTrue(script.left.wait(PATIENCE))
-
-    def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
-        context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
-        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        server.load_cert_chain(os.environ["SSL_CERT_FILE"])
-        ours, theirs = socket.socketpair()
-
-        def send() -> None:
-            with server.wrap_socket(theirs, server_side=True) as sock:
-                sock.sendall(b"x" * 10_000)      # one record
-                sock.recv(1)
-        sender = threading.Thread(target=send)
-        sender.start()
-        with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
-                                 ollama_api.Client(), 99, time.monotonic() + PATIENCE) as upstream:
-            self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
-        sender.join(PATIENCE)
-
-
 class Keys(ServerCase):
     settings = {"api_key": ("first", "sch\u00f6n")}
 
@@ -3871,200 +4919,47 @@ class Keys(ServerCase):
         self.assertRegex(reply, b"^HTTP/1.1 401 ")
 
 
-# ---- Behaviour over time -------------------------------------------------------------------------
+# ---- Answering -----------------------------------------------------------------------------------
 
-# A dialect: its path, the question, what says that an answer is whole.
-DIALECTS: Tuple[Tuple[str, Dict[str, Any], str], ...] = (
-    (CHAT, {"messages": USER}, r'"finish_reason": "|DONE'),
-    (MESSAGES, {"messages": USER}, '"stop_reason": "|message_stop'),
-    (RESPONSES, {"input": "Hi"}, '"completed"|response.completed'))
+class Answering(ServerCase):
 
+    def test_a_connection_carries_on_after_errors(self) -> None:
+        self.ollama.queue(Script([{"error": "model 'a' not found"}], 404), Script([CUT]), Script())
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection.connect()
+        sock = connection.sock
+        for path, body, status in (
+                (CHAT, "{", 400), (MESSAGES, '{"messages": 5}', 400), ("/nope", None, 404),
+                (CHAT, None, 405), (CHAT, '{"messages": [{"role": "user", "content": ""}]}', 404),
+                (MESSAGES, json.dumps({"messages": USER}), 502),
+                (MESSAGES, json.dumps({"messages": USER}), 200)):
+            connection.request("GET" if body is None else "POST", path, body)
+            with connection.getresponse() as response:
+                self.assertEqual((response.status, bool(response.read())), (status, True))
+                self.assertIs(connection.sock, sock, f"closed after {path} {body}")
+        connection.close()
 
-class OverTime(ServerCase):
-    settings = {"ping": 0.05}
+    def test_an_http_1_0_client_gets_a_stream_without_chunks(self) -> None:
+        self.ollama.queue(Script())
+        reply = self.raw(post({"messages": USER}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = reply.partition(b"\r\n\r\n")
+        self.assertNotIn(b"transfer-encoding", head)
+        self.assertTrue(body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n"), body)
 
-    def test_a_frame_arrives_while_ollama_is_still_producing(self) -> None:
-        for path, mark in ((CHAT, b'"content": "The"'), (MESSAGES, b'"text": "The"')):
-            gate = threading.Event()
-            self.ollama.queue(Script([content("The"), gate, content(" sky"), done()]))
-            with self.open("POST", path, {"messages": USER, "stream": True}) as stream:
-                self.assertNotIn(b" sky", stream.until(mark))
-                gate.set()
-                stream.until(b" sky")
+    def test_every_reply_has_an_id_that_the_sdks_find(self) -> None:
+        reply = self.ask("GET", "/health")
+        self.assertRegex(reply.headers["request-id"], "^req_[0-9a-f]{24}$")
+        self.assertEqual(reply.headers["request-id"], reply.headers["x-request-id"])
 
-    def test_silence_before_and_after_the_first_token_is_filled_with_pings(self) -> None:
-        for path, ping, end in (
-                (CHAT, b": ping\n\n", b"[DONE]"),
-                (MESSAGES, b'event: ping\ndata: {"type": "ping"}\n\n', b"message_stop")):
-            before, after = threading.Event(), threading.Event()
-            self.ollama.queue(Script([before, content("The"), after, done()]))
-            with self.open("POST", path, {"messages": USER, "stream": True}) as stream:
-                self.assertTrue(stream.until(ping * 2).startswith(ping))
-                before.set()
-                stream.until(b"The")
-                stream.got = b""
-                stream.until(ping * 2)
-                after.set()
-                stream.until(end)
-
-    def test_a_response_that_waits_is_in_progress_again_and_fails_in_a_frame(self) -> None:
-        gate = threading.Event()
-        self.ollama.queue(Script([gate, {"error": "boom"}], 500))
-        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
-            stream.until(b'"sequence_number": 3')
-            gate.set()
-            frames = [json.loads(part) for part in re.findall("data: (.*)", stream.reply().text)]
-        self.assertEqual([frame["sequence_number"] for frame in frames], list(range(len(frames))))
-        kinds = [frame["type"] for frame in frames]
-        self.assertEqual(kinds, ["response.created", *["response.in_progress"] * (len(kinds) - 2), "response.failed"])
-        self.assertEqual(len({frame["response"]["id"] for frame in frames}), 1)
-
-    def test_a_prompt_that_is_too_long_after_a_wait_is_told_in_openais_words(self) -> None:
-        gate = threading.Event()
-        error = {"error": {"code": 400, "type": "exceed_context_size_error", "n_ctx": 512,
-                           "message": "exceeds the available context size", "n_prompt_tokens": 600}}
-        self.ollama.queue(Script([gate, {"error": json.dumps(error)}], 400))
-        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
-            stream.until(b"response.in_progress")
-            gate.set()
-            frame = json.loads(stream.until(b"failed").rpartition(b"data: ")[2])
-        self.assertEqual(frame["response"]["error"]["code"], "context_length_exceeded")
-        self.assertIn("maximum context length is 512", frame["response"]["error"]["message"])
-
-    def test_a_response_that_has_waited_goes_on_without_a_second_beginning(self) -> None:
-        gate = threading.Event()
-        self.ollama.queue(Script([gate, *SKY]))
-        with self.open("POST", RESPONSES, {"input": "Hi", "stream": True}) as stream:
-            stream.until(b"response.in_progress")
-            gate.set()
-            stream.until(b"response.completed")
-            beginning = stream.got.partition(b"response.output_item.added")[0]
-        self.assertEqual(beginning.count(b"event: response.created"), 1)
-
-    def test_a_response_that_is_refused_before_it_waits_is_a_real_status(self) -> None:
-        self.ollama.queue(Script([{"error": "model 'nope' not found"}], 404))
-        reply = self.ask("POST", RESPONSES, {"input": "Hi", "model": "nope", "stream": True})
-        self.assertEqual((reply.status, reply.json["error"]["code"]), (404, "model_not_found"))
-
-    def test_a_model_that_is_busy_with_what_is_held_back_is_pinged_for_too(self) -> None:
-        enough = threading.Event()
-
-        def busy() -> Iterator[Any]:             # it is never silent for as long as --ping
-            while not enough.wait(0.02):
-                yield content("x")
-            yield done()
-        self.ollama.queue(Script(busy()))
-        with self.open("POST", MESSAGES, {"messages": USER, "stream": True,
-                                          "stop_sequences": ["x" * 1000]}) as stream:
-            self.assertNotIn(b"xx", stream.until(b'{"type": "ping"}\n\nevent: ping'))
-            enough.set()
-            self.assertIn(b"xx", stream.until(b"message_stop"))
-
-    def test_an_error_after_a_ping_travels_as_an_event(self) -> None:
-        for path, event in ((CHAT, b'\n\ndata: {"error": {"message": "Ollama failed: boom"'),
-                            (MESSAGES, b'\n\nevent: error\ndata: {"type": "error"')):
-            gate = threading.Event()
-            self.ollama.queue(Script([gate, {"error": "boom"}], 500))
-            with self.open("POST", path, {"messages": USER, "stream": True}) as stream:
-                stream.until(b"ping")
-                gate.set()
-                stream.until(event)
-                self.assertEqual(stream.reply().status, 200)
-
-    def test_a_client_that_does_not_stream_gets_no_pings(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([gate, *SKY]))
-        with self.open("POST", MESSAGES, {"messages": USER}) as stream:
-            self.assertTrue(script.waits.wait(PATIENCE))
-            self.assertFalse(script.left.wait(0.2))
-            gate.set()
-            self.assertEqual(stream.reply().json["content"][0]["text"], "The sky is blue.")
-
-    def test_a_client_that_leaves_frees_the_model(self) -> None:
-        for (path, body, _), stream, first in itertools.product(DIALECTS, (True, False),
-                                                                (True, False)):
-            with self.subTest(path=path, stream=stream, after_the_first_token=first):
-                script = self.ollama.queue(Script([content("The")] * first + [threading.Event()]))
-                connection = self.open("POST", path, {**body, "stream": stream})
-                self.assertTrue(script.waits.wait(PATIENCE))
-                if first and stream:
-                    connection.until(b"The")
-                left = time.monotonic()
-                with connection:
-                    pass
-                self.assertTrue(script.left.wait(PATIENCE), "Ollama still generates")
-                self.assertLess(time.monotonic() - left, 0.5)
-
-    def test_an_ollama_that_takes_no_request_is_waited_for_until_the_client_leaves(self) -> None:
-        held: List[ollama_api.Upstream] = []     # or the garbage collector would close it
-
-        class Held(ollama_api.Upstream):
-            def __init__(self, *given: Any) -> None:
-                super().__init__(*given)
-                held.append(self)
-        self.enterContext2(mock.patch.object(ollama_api, "Upstream", Held))
-        with socket.socket() as stuck:           # it accepts, and reads nothing
-            stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-            stuck.bind(("127.0.0.1", 0))
-            stuck.listen()
-            server = self.serve(ping=0.05, ollama=f"http://127.0.0.1:{stuck.getsockname()[1]}")
-            self.port = server.server_address[1]
-            large = {"messages": [{"role": "user", "content": "x" * 16_000_000}], "stream": True}
-            with self.open("POST", MESSAGES, large) as stream:
-                stream.until(b"event: ping")
-                self.assertEqual((server.running, len(server.connected)), (1, 1))
-            self.eventually(lambda: not server.connected)
-            self.assertEqual([upstream.closed for upstream in held], [True])
-
-    def test_a_reset_by_the_client_frees_the_model(self) -> None:
-        script = self.ollama.queue(Script([content("The"), threading.Event()]))
-        stream = self.open("POST", CHAT, {"messages": USER})
-        stream.until(b"The")
-        stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-        with stream:
-            pass
-        self.assertTrue(script.left.wait(PATIENCE))
-
-    def test_a_stop_text_frees_the_model(self) -> None:
-        script = self.ollama.queue(Script([content("a END"), threading.Event()]))
-        reply = self.ask("POST", CHAT, {"messages": USER, "stop": "END"})
-        self.assertIn("[DONE]", reply.text)
-        self.assertTrue(script.left.wait(PATIENCE))
-
-    def test_a_client_that_sends_its_next_request_early_has_not_left(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([gate, *SKY]))
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            sock.sendall(post({"messages": USER, "stream": False}))
-            self.assertTrue(script.waits.wait(PATIENCE))
-            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
-            self.assertFalse(script.left.wait(0.2))
-            gate.set()
-            reply = b"".join(iter(lambda: sock.recv(65536), b""))
-        self.assertIn(b"The sky is blue.", reply)
-        self.assertIn(b'"status": "ok"', reply)
-
-    def test_a_client_that_sends_something_early_and_leaves_frees_the_model(self) -> None:
-        for early in (b"\r\n", HEALTH + b"\r\n"):
-            script = self.ollama.queue(Script([threading.Event()]))
-            with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-                sock.sendall(post({"messages": USER, "stream": False}))
-                self.assertTrue(script.waits.wait(PATIENCE))
-                sock.sendall(early)
-                self.assertFalse(script.left.wait(0.1))
-            self.assertTrue(script.left.wait(PATIENCE), early)
-
-    def test_what_a_client_sends_early_does_not_fill_the_memory(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([gate, *SKY]))
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            sock.sendall(post({"messages": USER, "stream": False}))
-            self.assertTrue(script.waits.wait(PATIENCE))
-            sock.settimeout(0.5)
-            with self.assertRaises(socket.timeout):         # the kernel's buffers are full
-                sock.sendall(b"x" * 64 * 1024 * 1024)
-            gate.set()
-            self.assertIn(b"The sky is blue.", sock.recv(65536))
+    def test_a_bug_of_ours_is_a_500_without_inner_details(self) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyError("secret")
+        with mock.patch.object(ollama_api.Ollama, "installed", fail):
+            reply = self.ask("GET", "/v1/models")
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (500, "api_error"))
+        self.assertNotIn("secret", reply.text)
+        self.assertIn("KeyError: 'secret'", "".join(LOG))
+        del LOG[:]
 
     def test_tokens_that_arrive_together_leave_together(self) -> None:
         burst = b"".join(json.dumps(each).encode() + b"\n" for each in SKY)
@@ -4112,7 +5007,7 @@ class OverTime(ServerCase):
         self.assertGreater(size, 30_000_000)
 
     def endless(self) -> Tuple[Script, List[int]]:
-        """A model that never ends, and how many lines of 10 KB it got rid of."""
+        """Return a model that never ends, and a counter of the lines of 10 KB that it got rid of."""
         counter = [0]
 
         def lines() -> Iterator[Any]:
@@ -4122,7 +5017,7 @@ class OverTime(ServerCase):
         return self.ollama.queue(Script(lines())), counter
 
     def still(self, counter: List[int]) -> int:
-        """The value of a counter that has stopped to change."""
+        """Return the value of a counter once it has stopped changing."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             before = counter[0]
@@ -4131,57 +5026,73 @@ class OverTime(ServerCase):
                 return before
         raise AssertionError("it goes on and on")
 
-    def test_a_server_that_is_about_to_leave_takes_no_new_work(self) -> None:
+
+class TheLog(ServerCase):
+
+    def test_the_log_has_a_line_a_request_without_query_prompt_or_control_bytes(self) -> None:
+        self.ollama.queue(Script())
+        self.ask("POST", CHAT + "?key=secret", {"messages": USER, "model": "a\nb"})
+        self.eventually(lambda: LOG)
+        self.assertRegex(LOG[0], f"^POST {CHAT} a\nb 200 first=.*s in=7 out=6 .*/s total=")
+        self.ask("POST", CHAT, {"messages": 5, "model": "a" * 100_000})
+        self.eventually(lambda: len(LOG) > 1)
+        self.assertLess(len(LOG[1]), 400)
+        with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
+            REAL_LOG(LOG[0] + "\x1b[31m")
+        self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
+
+    def test_the_time_to_the_first_token_is_that_of_ollamas_even_where_it_is_held_back(self) -> None:
         gate = threading.Event()
-        self.ollama.queue(Script([content("The"), gate, done()]))
-        kept = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        kept.request("GET", "/health")
-        kept.getresponse().read()
-        with self.open("POST", CHAT, {"messages": USER}) as stream:
-            stream.until(b"The")
-            leaving = threading.Thread(target=self.server.drain)
-            leaving.start()
-            self.eventually(lambda: self.server.draining)
-            kept.request("POST", CHAT, json.dumps({"messages": USER}))
-            with kept.getresponse() as reply:
-                self.assertEqual((reply.status, reply.headers["connection"]), (503, "close"))
-                self.assertIn(b"shutting down", reply.read())
-            self.assertTrue(leaving.is_alive())
-            gate.set()
-            stream.until(b"[DONE]")
-            leaving.join(PATIENCE)
-            self.assertFalse(leaving.is_alive())
-
-    def test_what_is_not_a_chat_may_end_too(self) -> None:
-        gate = threading.Event()
-        script = Script([gate, TAGS])
-        self.ollama.gets["/api/tags"] = script
-        with self.open("GET", "/v1/models") as stream:
+        script = self.ollama.queue(Script([line(calls(("a", {}))), gate, done()]))
+        with self.open("POST", MESSAGES, {"messages": USER, "tools": [{"name": "a"}]}) as stream:
             self.assertTrue(script.waits.wait(PATIENCE))
-            leaving = threading.Thread(target=self.server.drain)
-            leaving.start()
-            self.eventually(lambda: self.server.draining)
-            self.assertEqual(self.server.running, 1)
+            self.assertFalse(script.left.wait(0.2))
             gate.set()
-            self.assertEqual(stream.reply().status, 200)
-            leaving.join(PATIENCE)
+            stream.reply()
+        self.eventually(lambda: LOG)
+        first, total = map(float, re.findall(r"(?:first|total)=([\d.]+)s", LOG[0]))
+        self.assertLess(first + 0.1, total)
 
-    def test_a_body_that_is_still_coming_counts_as_a_request_that_runs(self) -> None:
-        server = self.serve(max_running=1)
-        self.port = server.server_address[1]
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            sock.sendall(POST + b"Content-Length: 999\r\n\r\n{")
-            self.eventually(lambda: server.running)
-            self.assertEqual(self.ask("POST", CHAT, {"messages": 5}).status, 503)
-            self.assertEqual(self.ask("GET", "/health").status, 200)
+    def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
+        closed = io.StringIO()
+        closed.close()
+        full = mock.Mock(write=mock.Mock(side_effect=OSError("no space left")))
+        for file, name in itertools.product((closed, None, full), ("stdout", "stderr")):
+            with mock.patch("sys." + name, file):
+                ollama_api.put(name, "a line")
 
-    def test_a_client_that_half_closes_has_left(self) -> None:
-        script = self.ollama.queue(Script([threading.Event()]))
-        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            sock.sendall(post({"messages": USER}))
-            self.assertTrue(script.waits.wait(PATIENCE))
-            sock.shutdown(socket.SHUT_WR)
-            self.assertTrue(script.left.wait(PATIENCE))
+
+# ---- The server ----------------------------------------------------------------------------------
+
+class Connections(ServerCase):
+
+    def test_a_connection_without_requests_is_closed(self) -> None:
+        self.port = self.serve(idle_seconds=0.05).server_address[1]
+        self.assertEqual(self.raw(b""), b"")
+
+    def test_a_connection_too_many_is_closed_and_the_others_are_served(self) -> None:
+        self.port = self.serve(max_connections=1).server_address[1]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as first:
+            self.assertEqual(self.raw(b""), b"")
+            first.sendall(HEALTH + b"\r\n")
+            self.assertRegex(first.recv(65536), b"^HTTP/1.1 200 ")
+
+    def test_a_connection_for_which_there_is_no_thread_is_closed(self) -> None:
+        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError) as start:
+            self.assertEqual(self.raw(b""), b"")
+        self.assertEqual(start.call_count, 1)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_all_waiting_clients_are_accepted_at_once(self) -> None:
+        server = ollama_api.Server(Config(port=0))
+        with contextlib.ExitStack() as waiting:
+            waiting.callback(server.server_close)
+            for _ in range(5):
+                waiting.enter_context(socket.create_connection(
+                    ("127.0.0.1", server.server_address[1])))
+            server.service_actions()
+            self.assertEqual(len(server.connected), 5)
+        self.eventually(lambda: not server.connected)
 
     def test_a_burst_of_200_clients_is_served(self) -> None:
         self.ollama.forever = lambda body: Script()
@@ -4254,363 +5165,132 @@ class OverTime(ServerCase):
             gate.set()
             stream.until(b"[DONE]")
 
+    def test_a_body_that_is_still_coming_counts_as_a_request_that_runs(self) -> None:
+        server = self.serve(max_running=1)
+        self.port = server.server_address[1]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall(POST + b"Content-Length: 999\r\n\r\n{")
+            self.eventually(lambda: server.running)
+            self.assertEqual(self.ask("POST", CHAT, {"messages": 5}).status, 503)
+            self.assertEqual(self.ask("GET", "/health").status, 200)
 
-# ---- A failing Ollama ----------------------------------------------------------------------------
-# What an Ollama may send that is no answer. Each fault is tried in the three dialects, streamed and
-# not: a client gets a status as long as there is time for one, else an error as the last frame, and
-# never a word that would make the answer look whole.
-
-# The steps of a fault in the body, and words of the error: a 502, before or after the first token.
-BROKEN: List[Tuple[List[Any], str]] = [
-    ([RESET], "ConnectionResetError"), ([CUT], "IncompleteRead"),
-    ([], "without saying that it was done"),
-    ([Wire(b"fff\r\n{"), CUT], "IncompleteRead"), ([Wire(b"zz\r\n{"), CUT], "IncompleteRead"),
-    ([b"{broken\n"], "not JSON"), ([b"[1]\n"], "not an object"),
-    ([b'{"message": {"tool_calls": [{"function": {"name": "a", "arguments": {"x": NaN}}}]}}\n'],
-     "not JSON"),
-    ([b'{"message": {"content": "a"}, "logprobs": [{"logprob": -1e999}]}\n'], "not JSON"),
-    ([b"[" * 5000 + b"\n"], "not JSON"), ([b'{"message": {"content": "\xff"}}\n'], "not JSON"),
-    ([b'{"message": {"content": "' + b"x" * 10000], "a line of more than 9999 bytes"),
-    ([b"<html>Bad Gateway</html>"], "not JSON"), ([b"\x1f\x8b\x08\0\n"], "not JSON"),
-    ([{"error": "boom"}], "Ollama failed: boom"), ([{"error": "boom"}, *SKY], "failed: boom"),
-    ([{"error": {"message": 5}}], "message is 5"), ([b'{"message": "b"}\n'], 'message is "b"'),
-    ([done("unload")], 'done_reason is "unload"'),
-    ([line({"content": 5})], "content is 5"), ([line({"thinking": ["a"]})], 'thinking is ["a"]'),
-    ([line({}, done="yes")], 'done is "yes"'),
-    ([line({}, done=True, eval_count="6")], "eval_count is"),
-    ([line({}, done=True, done_reason={})], "done_reason is {}"),
-    ([line({"tool_calls": {"name": "a"}}), done()], "tool_calls is {"),
-    ([line({"tool_calls": ["a"]}), done()], "without a name: {}"),
-    ([line(calls(("", {}))), done()], "without a name: {"),
-    ([line(calls(("a", "{}"))), done()], 'arguments is "{}"')]
-
-
-def head_of(status: str, *fields: str, body: str = "") -> Wire:
-    return Wire("\r\n".join(["HTTP/1.1 " + status, *fields, "", body]).encode())
-
-
-# An answer whose head is at fault, the status and words of the error.
-HEADS = [
-    (head_of("502 Bad Gateway", "Content-Type: text/html", body="<html>nginx</html>"),
-     502, "<html>nginx</html>"),
-    (head_of("500 Internal Server Error", body="[" * 9000), 502, "[[["),
-    (head_of("302 Found", "Location: /api/tags", "Content-Length: 0"), 502, "answered 302"),
-    (head_of("301 Moved Permanently", "Location: http://127.0.0.1:1/"), 502, "answered 301"),
-    (head_of("200 OK", "Content-Encoding: gzip", body="\x1f\x08\n"), 502, "not JSON"),
-    (head_of("200 OK", "Content-Length: 99", body='{"message": {"content": ""}}\n'),
-     502, "without saying that it was done"),
-    (head_of("200 OK", "Content-Length: 0"), 502, "without saying that it was done"),
-    (head_of("204 No Content"), 502, "answered 204"),
-    (head_of("200 OK", "Content-Length: 5", "Transfer-Encoding: nonsense"), 502, "done"),
-    (head_of("200 OK", *["A: b"] * 200), 502, "is broken"),
-    (head_of("200 OK", "A: " + "b" * 70000), 502, "is broken"),
-    (Wire(b"HTTP/1.1 200 OK\r\nContent-"), 502, "done"), (RESET, 502, "is broken"),
-    (Wire(b"SSH-2.0-OpenSSH_9.2\r\n"), 502, "BadStatusLine"), (Wire(b""), 502, "RemoteDisc"),
-    (head_of("503 Service Unavailable", body='{"error": "server busy, please try again"}'),
-     503, "server busy"),
-    (head_of("429 Too Many Requests", body='{"error": "slow down"}'), 429, "slow down"),
-    (head_of("401 Unauthorized", "WWW-Authenticate: Basic", body="unauthorized"),
-     401, "unauthorized")]
-
-
-class FailingOllama(ServerCase):
-    settings = {"line_bytes": 9999}
-
-    def faults(self, path: str, body: Any, script: Script) -> Iterator[Tuple[bool, Reply]]:
-        """What a client gets, streamed and not, while no more than one question is asked."""
-        for stream in (True, False):
-            self.ollama.asked.clear()
-            self.ollama.queue(script)
-            yield stream, self.ask("POST", path, {**body, "stream": stream})
-            self.assertEqual((len(self.ollama.asked), self.ollama.scripts), (1, []))
-
-    def refused(self, reply: Reply, status: int, words: str) -> None:
-        """It is an error in the words of its dialect, and says whether to ask again."""
-        self.assertEqual((reply.status, reply.kind), (status, "application/json"))
-        self.assertIn(words, reply.json["error"]["message"])
-        self.assertEqual("x-should-retry" in reply.headers, "retry-after" not in reply.headers)
-
-    def test_an_answer_that_fails_before_the_first_token_is_a_502(self) -> None:
-        for (path, body, _), (steps_, words) in itertools.product(DIALECTS, BROKEN):
-            for stream, reply in self.faults(path, body, Script([content(""), *steps_])):
-                with self.subTest(path=path, steps=str(steps_)[:80], stream=stream):
-                    self.refused(reply, 502, words)
-
-    def test_an_answer_that_fails_after_the_first_token_does_not_look_whole(self) -> None:
-        for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, BROKEN):
-            for stream, reply in self.faults(path, body, Script([content("The"), *steps_])):
-                with self.subTest(path=path, steps=str(steps_)[:80], stream=stream):
-                    if not stream:
-                        self.refused(reply, 502, words)
-                        continue
-                    self.assertEqual(reply.status, 200)
-                    self.assertIn('"The"', reply.text)
-                    self.assertNotIn("sky", reply.text)
-                    self.assertIsNone(re.search(whole, reply.text))
-                    last = reply.text.split("data: ")[-1]
-                    self.assertIn(json.dumps(words)[1:-1], last)
-                    self.assertIn("error", json.loads(last).get("response") or json.loads(last))
-
-    def test_an_answer_whose_head_is_at_fault_is_a_status(self) -> None:
-        for (path, body, _), (head, status, words) in itertools.product(DIALECTS, HEADS):
-            for stream, reply in self.faults(path, body, Script([head, CUT])):
-                with self.subTest(path=path, head=head[:80], stream=stream):
-                    self.refused(reply, status, words)
-
-    @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may discard what came before")
-    def test_an_ollama_that_refuses_a_request_before_its_end_is_heard(self) -> None:
-        def refuse() -> None:
-            sock, _ = listener.accept()
-            with sock:
-                sock.recv(1000)
-                sock.sendall(head_of("413 Too Large", body='{"error": "too large for me"}'))
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            self.port = self.serve(
-                ollama=f"http://127.0.0.1:{listener.getsockname()[1]}").server_address[1]
-            refusing = threading.Thread(target=refuse)
-            refusing.start()
-            reply = self.ask("POST", CHAT, {"messages": [{"role": "user", "content": "x" * 16_000_000}]})
-            refusing.join(PATIENCE)
-        self.refused(reply, 413, "too large for me")
-
-    def test_an_ollama_that_takes_no_connection_is_a_503_that_says_what_to_do(self) -> None:
-        self.ollama.shutdown()
-        self.ollama.server_close()
-        for (path, body, _), stream in itertools.product(DIALECTS, (True, False)):
-            reply = self.ask("POST", path, {**body, "stream": stream})
-            self.assertEqual(reply.status, 503)
-            self.assertIn("ollama serve", reply.json["error"]["message"])
-
-    def test_what_looks_like_a_fault_and_is_none(self) -> None:
-        harmless: List[Tuple[List[Any], str]] = [
-            ([json.dumps(done()).encode()], ""),                         # no newline at the end
-            ([*SKY, b"{broken\n"], "blue"), ([*SKY, RESET], "blue"),        # after the answer
-            ([b"\n", *SKY[:2], b"\n\n", *SKY[2:]], "blue"),
-            ([*SKY[:2], b" \r\n\t\n", *SKY[2:]], "blue"),
-            ([{"done": False}, *SKY[:2], {}, {"message": None}, *SKY[2:]], "blue"),
-            ([content("The"), {"done": True, "eval_count": 6}], "The"),
-            ([b'{"message":{"content":"\xc3', b'\xbc"}}\n', done()], "\\u00fc")]
-        for (path, body, whole), (steps_, words) in itertools.product(DIALECTS, harmless):
-            for stream, reply in self.faults(path, body, Script(steps_)):
-                with self.subTest(path=path, words=words, stream=stream):
-                    self.assertEqual(reply.status, 200)
-                    self.assertIn(words, reply.text)
-                    self.assertIsNotNone(re.search(whole, reply.text))
-
-
-# ---- Starting and stopping -----------------------------------------------------------------------
-
-# A shell starts what it runs in the background with SIGINT ignored, and children would inherit it.
-take_sigint = None if os.name == "nt" else functools.partial(
-    signal.signal, signal.SIGINT, signal.SIG_DFL)
-
-
-COMMAND = (sys.executable, "-I", str(HERE / "ollama_api.py"))
-WITH_LIMITS = """
-import dataclasses, json, sys
-sys.path.insert(0, sys.argv.pop(1))
-limits = json.loads(sys.argv.pop(1))
-import ollama_api as it
-parse_args = it.parse_args
-it.parse_args = lambda *given: dataclasses.replace(parse_args(*given), **limits)
-sys.exit(it.main())
-"""
-
-
-def command_with(**limits: float) -> Tuple[str, ...]:
-    """The command that starts the file with other limits, for which there are no options."""
-    return (sys.executable, "-c", WITH_LIMITS, str(HERE), json.dumps(limits))
-
-
-class ProcessCase(PatientCase):
-    """The file as a user starts it, from a folder that holds nothing else."""
-
-    def start(self, *options: str, command: Sequence[str] = COMMAND, stderr: Any = subprocess.PIPE,
-              **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
-        inherited = {name: value for name, value in os.environ.items()
-                     if not name.startswith(("OLLAMA", "PYTHON"))}
-        process = subprocess.Popen(
-            [*command, "--port", "0", *options],
-            env={**inherited, **environ}, text=True, preexec_fn=take_sigint,
-            stdout=subprocess.PIPE, stderr=stderr)
-        self.addCleanup(process.communicate)
-        self.addCleanup(process.kill)
-        assert process.stdout
-        banner = [process.stdout.readline().rstrip() for _ in range(3)]
-        return process, banner, int(banner[0].rpartition(":")[2])
-
-    def scripted(self) -> ScriptedOllama:
-        ollama = ScriptedOllama()
-        self.addCleanup(ollama.server_close)
-        self.addCleanup(ollama.shutdown)
-        return ollama
-
-
-class Process(ProcessCase):
-
-    def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
-        _, banner, port = self.start("--demo")
-        self.assertRegex(banner[0], r"^ollama_api.py \S+ listens on http://localhost:\d+$")
-        self.assertRegex(banner[1], r"^Ollama demo at http://127.0.0.1:\d+, models: demo:latest$")
-        found = re.match(r"Try: curl (\S+) -d ['\"](.*)['\"]$", banner[2])
-        assert found, banner[2]
-        data = found[2].replace('\\"', '"').encode()
-        url = found[1].replace("localhost", "127.0.0.1")
-        with urllib.request.urlopen(url, data, PATIENCE) as reply:
-            text = reply.read().decode()
-        words = re.findall(r'"content": "([^"]+)"', text)
-        self.assertEqual("".join(words), "This is a demo: no model is running. You said: Hello!")
-        self.assertTrue(text.endswith("data: [DONE]\n\n"))
-
-    def test_the_line_to_try_names_a_model_that_is_there_and_asks_for_the_key(self) -> None:
-        _, banner, _ = self.start("--ollama", self.scripted().url, "--api-key", "secret")
-        self.assertRegex(banner[2], r'chat/completions -H "x-api-key: KEY" -d .*"model": "plain:latest"')
-        self.assertNotIn("secret", " ".join(banner))
-
-    def test_the_demo_calls_tools_and_keeps_to_schemas(self) -> None:
-        _, _, port = self.start("--demo")
-        tools = [{"name": "look", "input_schema": prop({"$ref": "#/$defs/at"}, required=["a", "b"], **{
-            "$defs": {"at": prop({"$ref": "#/$defs/at"}, required=["a"])}})}, {"name": "now"}]
-
-        def first_block(**more: Any) -> Any:
-            body = {"messages": [{"role": "user", "content": "Use a tool!"}], **more}
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}",
-                                        json.dumps(body).encode(), PATIENCE) as reply:
-                return json.loads(reply.read())["content"][0]
-
-        for choice in ("auto", "any"):
-            block = first_block(tools=tools, tool_choice={"type": choice})
-            self.assertEqual((block["type"], block["name"]), ("tool_use", "look"))
-            self.assertIn("a", block["input"])
-        text = first_block(output_format={"type": "json_schema", "schema": {"enum": ["x"]}})["text"]
-        self.assertEqual(text, '"x"')
-        with self.assertRaises(urllib.error.HTTPError) as raised:
-            first_block(messages=[{"role": "user", "content": [{"type": "image", "source": {
-                "type": "base64", "data": "AAAA"}}]}])
-        with raised.exception as error:
-            self.assertIn(b"cannot see images", error.read())
-
-    def test_an_ollama_that_does_not_run_does_not_stop_the_start(self) -> None:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            address = f"0.0.0.0:{unused.getsockname()[1]}"
-            _, banner, _ = self.start(OLLAMA_HOST=address)
-        self.assertIn(f"Ollama does not answer at http://127.0.0.1:{address[8:]}", banner[1])
-        self.assertIn("ollama serve", banner[1])
-
-    def test_a_port_in_use_is_one_line(self) -> None:
-        with socket.socket() as used:
-            used.bind(("127.0.0.1", 0))
-            used.listen()
-            port = str(used.getsockname()[1])
-            process = subprocess.run(
-                [sys.executable, "-I", str(HERE / "ollama_api.py"), "--port", port],
-                capture_output=True, text=True, timeout=30)
-        self.assertEqual(process.returncode, 1)
-        self.assertRegex(process.stderr,
-                         rf"^ollama_api.py: cannot listen on 127.0.0.1 port {port}: .*\n$")
-
-    @unittest.skipIf(os.name == "nt", "Windows has no such limit")
-    def test_the_limit_of_open_files_is_raised_and_never_lowered(self) -> None:
-        code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import ollama_api\n"
-                "limit = resource.RLIMIT_NOFILE; hard = resource.getrlimit(limit)[1]\n"
-                "for soft in (64, hard):\n"
-                "    resource.setrlimit(limit, (soft, hard)); ollama_api.allow_many_sockets()\n"
-                "    print(resource.getrlimit(limit)[0], hard)")
-        shown = subprocess.run([sys.executable, "-c", code, str(HERE)], capture_output=True,
-                               text=True, timeout=30, check=True).stdout.split()
-        raised, hard, kept, _ = map(int, shown)
-        self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
-
-    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "there is no /proc to look into")
-    def test_a_server_without_free_descriptors_waits_for_one_without_spinning(self) -> None:
-        few = ("sh", "-c", 'ulimit -n 40; exec "$0" "$@"', *COMMAND)
-        process, _, port = self.start("--demo", command=few)
-        target = Target("demo", port, CHAT, process.pid)
-        with contextlib.ExitStack() as idle:
-            for _ in range(80):
-                idle.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
-            before = target.cpu()
-            with self.assertRaises(socket.timeout):
-                first_bytes(port, HEALTH + b"\r\n", 1)
-            self.assertLess(target.cpu() - before, 0.5)
-        self.assertRegex(first_bytes(port, HEALTH + b"\r\n", PATIENCE), b"^HTTP/1.1 200 ")
-
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
-    def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
-        absent = ("sh", "-c", 'exec "$0" "$@" 2>&-', *COMMAND)
-        for command in (COMMAND, absent):
-            process, _, port = self.start("--demo", command=command)
-            if process.stderr and command is COMMAND:
-                process.stderr.close()
-                process.stderr = None
-            for _ in range(3):
-                body = json.dumps({"messages": USER}).encode()
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}", body,
-                                            PATIENCE) as reply:
-                    self.assertIn(b"You said", reply.read())
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(PATIENCE), 0)
-
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
-    def test_a_stream_that_outlasts_the_grace_period_is_cut_and_the_exit_is_0(self) -> None:
-        script = Script([content("The"), threading.Event()])
-        process, stream = self.streaming(script, command=command_with(grace_seconds=0.3))
-        with stream:
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(PATIENCE), 0)
-            self.assertTrue(script.left.wait(PATIENCE))
-            with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
-                stream.reply()
-
-    def streaming(self, script: Script, **how: Any) -> Tuple[subprocess.Popen[str], Stream]:
-        """A process with a stream whose first token has come."""
-        ollama = self.scripted()
-        ollama.queue(script)
-        process, _, port = self.start("--ollama", ollama.url, **how)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        connection.request("POST", CHAT, json.dumps({"messages": USER}))
-        stream = Stream(connection)
-        stream.until(b"The")
-        return process, stream
-
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
-    def test_sigterm_and_ctrl_c_let_running_streams_end(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gate = threading.Event()
-            process, stream = self.streaming(Script([content("The"), gate, done()]))
-            with stream:
-                process.send_signal(number)
-                self.assertTrue(refused("127.0.0.1", stream.connection.port), "it still accepts")
-                gate.set()
-                stream.until(b"[DONE]")
-            self.assertEqual(process.wait(PATIENCE), 0)
-
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
-    def test_a_ctrl_c_that_the_shell_has_ignored_stays_ignored(self) -> None:
+    def test_a_server_that_is_about_to_leave_takes_no_new_work(self) -> None:
         gate = threading.Event()
-        process, stream = self.streaming(
-            Script([content("The"), gate, content(" sky"), gate, done()]),
-            command=("sh", "-c", 'trap "" INT; exec "$0" "$@"', *COMMAND))
-        with stream:
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGTERM)
-            self.assertTrue(refused("127.0.0.1", stream.connection.port))
-            process.send_signal(signal.SIGINT)
+        self.ollama.queue(Script([content("The"), gate, done()]))
+        kept = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        kept.request("GET", "/health")
+        kept.getresponse().read()
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            stream.until(b"The")
+            leaving = threading.Thread(target=self.server.drain)
+            leaving.start()
+            self.eventually(lambda: self.server.draining)
+            kept.request("POST", CHAT, json.dumps({"messages": USER}))
+            with kept.getresponse() as reply:
+                self.assertEqual((reply.status, reply.headers["connection"]), (503, "close"))
+                self.assertIn(b"shutting down", reply.read())
+            self.assertTrue(leaving.is_alive())
             gate.set()
             stream.until(b"[DONE]")
-        self.assertEqual(process.wait(PATIENCE), 0)
+            leaving.join(PATIENCE)
+            self.assertFalse(leaving.is_alive())
 
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
-    def test_a_second_signal_ends_at_once(self) -> None:
-        process, stream = self.streaming(Script([content("The"), threading.Event()]))
-        with stream:
-            process.send_signal(signal.SIGTERM)
-            self.assertTrue(refused("127.0.0.1", stream.connection.port))
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(2), -signal.SIGTERM)
+    def test_shutdown_waits_for_requests_that_are_no_chat(self) -> None:
+        gate = threading.Event()
+        script = Script([gate, TAGS])
+        self.ollama.gets["/api/tags"] = script
+        with self.open("GET", "/v1/models") as stream:
+            self.assertTrue(script.waits.wait(PATIENCE))
+            leaving = threading.Thread(target=self.server.drain)
+            leaving.start()
+            self.eventually(lambda: self.server.draining)
+            self.assertEqual(self.server.running, 1)
+            gate.set()
+            self.assertEqual(stream.reply().status, 200)
+            leaving.join(PATIENCE)
+
+
+class TLS(ServerCase):
+
+    def setUp(self) -> None:
+        folder = self.enter(tempfile.TemporaryDirectory())
+        self.pem = os.path.join(folder, "pem")
+        Path(self.pem).write_text(PEM)
+        self.settings = {"tls_cert": self.pem, "linger_seconds": 0.2}
+        super().setUp()
+
+    def connect(self) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=self.pem)
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        return context.wrap_socket(sock, server_hostname="localhost")
+
+    def test_an_answer_is_streamed_and_the_next_request_may_come_early(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([content("The"), gate, done()]))
+        self.assertEqual(self.server.url, f"https://localhost:{self.port}")
+        with self.connect() as sock:
+            sock.sendall(post({"messages": USER}))
+            got = b""
+            while b"The" not in got:
+                got += sock.recv(65536)
+            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            got += b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertIn(b"[DONE]", got)
+        self.assertIn(b'"status": "ok"', got)
+
+    def test_a_client_that_closes_tls_frees_the_model(self) -> None:
+        script = self.ollama.queue(Script([threading.Event()]))
+        with self.connect() as sock:
+            sock.sendall(post({"messages": USER}))
+            self.assertTrue(script.waits.wait(PATIENCE))
+            self.assertFalse(script.left.wait(0.2))
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_half_a_record_while_an_answer_is_waited_for_is_nothing_yet(self) -> None:
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *SKY]))
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = ssl.create_default_context(cafile=self.pem).wrap_bio(
+            incoming, outgoing, server_hostname="localhost")
+
+        def until(done: Callable[[], Any]) -> Any:
+            while True:
+                try:
+                    return done()
+                except ssl.SSLWantReadError:
+                    sock.sendall(outgoing.read())
+                    incoming.write(sock.recv(65536))
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            until(tls.do_handshake)
+            tls.write(post({"messages": USER, "stream": False}))
+            sock.sendall(outgoing.read())
+            self.assertTrue(script.waits.wait(PATIENCE))
+            tls.write(HEALTH + b"Connection: close\r\n\r\n")
+            record = outgoing.read()
+            sock.sendall(record[:20])
+            self.assertFalse(script.left.wait(0.2))
+            gate.set()
+            self.assertIn(b"The sky is blue.", until(lambda: tls.read(65536)))
+            sock.sendall(record[20:])
+            self.assertIn(b'"status": "ok"', until(lambda: tls.read(65536)))
+
+    def test_the_end_is_said_in_words_of_tls(self) -> None:
+        context = ssl.create_default_context(cafile=self.pem)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as plain:
+            with context.wrap_socket(plain, server_hostname="localhost",
+                                     suppress_ragged_eofs=False) as sock:
+                sock.sendall(HEALTH + LAST)
+                reply = b"".join(iter(lambda: sock.recv(65536), b""))
+        self.assertRegex(reply, b"^HTTP/1.1 200 ")
+
+    def test_plain_http_or_silence_on_the_tls_port_holds_up_nobody(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE):
+            self.assertNotIn(b"200", self.raw(HEALTH + b"\r\n"))
+            with self.connect() as sock:
+                sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+                self.assertRegex(sock.recv(65536), b"^HTTP/1.1 200 ")
 
 
 def said(words: str, stream: bool = True) -> bytes:
@@ -4618,7 +5298,6 @@ def said(words: str, stream: bool = True) -> bytes:
                 b"Connection: close\r\n")
 
 
-LAST = b"Connection: close\r\n\r\n"
 # What clients of all kinds send, and how much of the reply they wait for before they are gone.
 VISITS: List[Tuple[bytes, float]] = [
     (said("good", False), float("inf")), (said("good"), float("inf")),
@@ -4637,7 +5316,7 @@ ANSWERS: Dict[str, Callable[[], Iterable[Any]]] = {
 
 @unittest.skipUnless(os.path.exists("/proc/self/fd"), "there is no /proc to look into")
 class Soak(ProcessCase):
-    """What a server keeps of 2,000 requests, good, bad and abandoned ones: nothing."""
+    """Check that a server keeps nothing of 2,000 requests, good, bad and abandoned ones."""
 
     def test_threads_files_and_memory_are_back_where_they_began(self) -> None:
         ollama = self.scripted()
@@ -4677,29 +5356,58 @@ class Soak(ProcessCase):
         return int(found[1]) if found else 0
 
 
-def first_bytes(port: int, request: bytes, seconds: float) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
-        sock.sendall(request)
-        return sock.recv(65536)
+# ---- The demo ------------------------------------------------------------------------------------
+
+class Demo(ProcessCase):
+
+    def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
+        _, banner, port = self.start("--demo")
+        self.assertRegex(banner[0], r"^ollama_api.py \S+ listens on http://localhost:\d+$")
+        self.assertRegex(banner[1], r"^Ollama demo at http://127.0.0.1:\d+, models: demo:latest$")
+        found = re.match(r"Try: curl (\S+) -d ['\"](.*)['\"]$", banner[2])
+        assert found, banner[2]
+        data = found[2].replace('\\"', '"').encode()
+        url = found[1].replace("localhost", "127.0.0.1")
+        with urllib.request.urlopen(url, data, PATIENCE) as reply:
+            text = reply.read().decode()
+        words = re.findall(r'"content": "([^"]+)"', text)
+        self.assertEqual("".join(words), "This is a demo: no model is running. You said: Hello!")
+        self.assertTrue(text.endswith("data: [DONE]\n\n"))
+
+    def test_the_demo_calls_tools_and_keeps_to_schemas(self) -> None:
+        _, _, port = self.start("--demo")
+        tools = [{"name": "look", "input_schema": prop({"$ref": "#/$defs/at"}, required=["a", "b"], **{
+            "$defs": {"at": prop({"$ref": "#/$defs/at"}, required=["a"])}})}, {"name": "now"}]
+
+        def first_block(**more: Any) -> Any:
+            body = {"messages": [{"role": "user", "content": "Use a tool!"}], **more}
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}",
+                                        json.dumps(body).encode(), PATIENCE) as reply:
+                return json.loads(reply.read())["content"][0]
+
+        for choice in ("auto", "any"):
+            block = first_block(tools=tools, tool_choice={"type": choice})
+            self.assertEqual((block["type"], block["name"]), ("tool_use", "look"))
+            self.assertIn("a", block["input"])
+        text = first_block(output_format={"type": "json_schema", "schema": {"enum": ["x"]}})["text"]
+        self.assertEqual(text, '"x"')
+        with self.assertRaises(urllib.error.HTTPError) as raised:
+            first_block(messages=[{"role": "user", "content": [{"type": "image", "source": {
+                "type": "base64", "data": "AAAA"}}]}])
+        with raised.exception as error:
+            self.assertIn(b"cannot see images", error.read())
 
 
-def refuses(host: str, port: int) -> bool:
-    """Whether, at this moment, a port accepts no connections."""
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-        return False
-    except ConnectionError:
-        return True
+# ---- Options, start and end ----------------------------------------------------------------------
 
-
-def refused(host: str, port: int) -> bool:
-    """Whether, within PATIENCE, a port stops to accept connections."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if refuses(host, port):
-            return True
-        time.sleep(0.01)
-    return False
+URLS = [
+    ("127.0.0.1:11434", "http://127.0.0.1:11434"), ("example.local", "http://example.local:11434"),
+    ("example.local:99", "http://example.local:99"), (":99", "http://127.0.0.1:99"),
+    ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:99", "http://127.0.0.1:99"),
+    ("http://0.0.0.0:99", "http://127.0.0.1:99"), ("http://a", "http://a:80"),
+    ("https://a/", "https://a:443"), ("https://a:8443/x/", "https://a:8443/x"),
+    ("[::1]", "http://[::1]:11434"), ("[::1]:99", "http://[::1]:99"), ("::1", "http://[::1]:11434"),
+    ("[::]:99", "http://[::1]:99"), (' "a" ', "http://a:11434")]
 
 
 class CommandLine(unittest.TestCase):
@@ -4743,12 +5451,154 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.parse("--host", "0.0.0.0", "--api-key", "k").host, "0.0.0.0")
         self.assertEqual(self.parse("--host", "0.0.0.0", "--insecure").host, "0.0.0.0")
 
+    def test_addresses_of_ollama(self) -> None:
+        for text, url in URLS:
+            self.assertEqual(ollama_api.ollama_url(text), url, text)
+        for text in ("ftp://a", "a b", "http://a@b", "http://a\r\nb"):
+            with self.assertRaises(ValueError, msg=text):
+                ollama_api.ollama_url(text)
+
+
+class Process(ProcessCase):
+
+    def test_the_line_to_try_names_a_model_that_is_there_and_asks_for_the_key(self) -> None:
+        _, banner, _ = self.start("--ollama", self.scripted().url, "--api-key", "secret")
+        self.assertRegex(banner[2], r'chat/completions -H "x-api-key: KEY" -d .*"model": "plain:latest"')
+        self.assertNotIn("secret", " ".join(banner))
+
+    def test_an_ollama_that_does_not_run_does_not_stop_the_start(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            address = f"0.0.0.0:{unused.getsockname()[1]}"
+            _, banner, _ = self.start(OLLAMA_HOST=address)
+        self.assertIn(f"Ollama does not answer at http://127.0.0.1:{address[8:]}", banner[1])
+        self.assertIn("ollama serve", banner[1])
+
+    def test_a_port_in_use_is_one_line(self) -> None:
+        with socket.socket() as used:
+            used.bind(("127.0.0.1", 0))
+            used.listen()
+            port = str(used.getsockname()[1])
+            process = subprocess.run(
+                [sys.executable, "-I", str(HERE / "ollama_api.py"), "--port", port],
+                capture_output=True, text=True, timeout=30)
+        self.assertEqual(process.returncode, 1)
+        self.assertRegex(process.stderr,
+                         rf"^ollama_api.py: cannot listen on 127.0.0.1 port {port}: .*\n$")
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such limit")
+    def test_the_limit_of_open_files_is_raised_and_never_lowered(self) -> None:
+        code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import ollama_api\n"
+                "limit = resource.RLIMIT_NOFILE; hard = resource.getrlimit(limit)[1]\n"
+                "for soft in (64, hard):\n"
+                "    resource.setrlimit(limit, (soft, hard)); ollama_api.allow_many_sockets()\n"
+                "    print(resource.getrlimit(limit)[0], hard)")
+        shown = subprocess.run([sys.executable, "-c", code, str(HERE)], capture_output=True,
+                               text=True, timeout=30, check=True).stdout.split()
+        raised, hard, kept, _ = map(int, shown)
+        self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "there is no /proc to look into")
+    def test_a_server_without_free_descriptors_waits_for_one_without_spinning(self) -> None:
+        few = ("sh", "-c", 'ulimit -n 40; exec "$0" "$@"', *COMMAND)
+        process, _, port = self.start("--demo", command=few)
+        with contextlib.ExitStack() as idle:
+            for _ in range(80):
+                idle.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+            before = processor_seconds(process.pid)
+            with self.assertRaises(socket.timeout):
+                first_bytes(port, HEALTH + b"\r\n", 1)
+            self.assertLess(processor_seconds(process.pid) - before, 0.5)
+        self.assertRegex(first_bytes(port, HEALTH + b"\r\n", PATIENCE), b"^HTTP/1.1 200 ")
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
+        absent = ("sh", "-c", 'exec "$0" "$@" 2>&-', *COMMAND)
+        for command in (COMMAND, absent):
+            process, _, port = self.start("--demo", command=command)
+            if process.stderr and command is COMMAND:
+                process.stderr.close()
+                process.stderr = None
+            for _ in range(3):
+                body = json.dumps({"messages": USER}).encode()
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}", body,
+                                            PATIENCE) as reply:
+                    self.assertIn(b"You said", reply.read())
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    def streaming(self, script: Script, **how: Any) -> Tuple[subprocess.Popen[str], Stream]:
+        """Start a process, and a stream whose first token has come."""
+        ollama = self.scripted()
+        ollama.queue(script)
+        process, _, port = self.start("--ollama", ollama.url, **how)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("POST", CHAT, json.dumps({"messages": USER}))
+        stream = Stream(connection)
+        stream.until(b"The")
+        return process, stream
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_sigterm_and_ctrl_c_let_running_streams_end(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gate = threading.Event()
+            process, stream = self.streaming(Script([content("The"), gate, done()]))
+            with stream:
+                process.send_signal(number)
+                self.assertTrue(refused("127.0.0.1", stream.connection.port), "it still accepts")
+                gate.set()
+                stream.until(b"[DONE]")
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_stream_that_outlasts_the_grace_period_is_cut_and_the_exit_is_0(self) -> None:
+        script = Script([content("The"), threading.Event()])
+        process, stream = self.streaming(script, command=command_with(grace_seconds=0.3))
+        with stream:
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+            self.assertTrue(script.left.wait(PATIENCE))
+            with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+                stream.reply()
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_ctrl_c_that_the_shell_has_ignored_stays_ignored(self) -> None:
+        gate = threading.Event()
+        process, stream = self.streaming(
+            Script([content("The"), gate, content(" sky"), gate, done()]),
+            command=("sh", "-c", 'trap "" INT; exec "$0" "$@"', *COMMAND))
+        with stream:
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            self.assertTrue(refused("127.0.0.1", stream.connection.port))
+            process.send_signal(signal.SIGINT)
+            gate.set()
+            stream.until(b"[DONE]")
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_threads_that_wait_for_the_interpreter_ask_for_it_less_often(self) -> None:
+        usual = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, usual)
+        with mock.patch.object(sys, "argv", ["ollama_api.py", "--port", "0"]), \
+                mock.patch.object(ollama_api, "serve_until_signal", ollama_api.Server.server_close):
+            self.assertEqual(ollama_api.main(), 0)
+        self.assertGreater(sys.getswitchinterval(), usual)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_second_signal_ends_at_once(self) -> None:
+        process, stream = self.streaming(Script([content("The"), threading.Event()]))
+        with stream:
+            process.send_signal(signal.SIGTERM)
+            self.assertTrue(refused("127.0.0.1", stream.connection.port))
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(2), -signal.SIGTERM)
+
 
 # ---- Behind HAProxy ------------------------------------------------------------------------------
 
 @unittest.skipUnless(shutil.which("haproxy"), "haproxy is not installed")
 class HAProxy(ServerCase):
-    """README's configuration in front of two servers, each with an Ollama of its own."""
+    """Run README's configuration in front of two servers, each with an Ollama of its own."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -4768,7 +5618,7 @@ class HAProxy(ServerCase):
                               ("127.0.0.1:8002", f"127.0.0.1:{servers[1].server_address[1]}")):
             self.assertEqual(text.count(written), 1, written)
             text = text.replace(written, real)
-        folder = self.enterContext2(tempfile.TemporaryDirectory())
+        folder = self.enter(tempfile.TemporaryDirectory())
         Path(folder, "cfg").write_text(text)
         process = subprocess.Popen(["haproxy", "-db", "-f", os.path.join(folder, "cfg")],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -4791,7 +5641,7 @@ class HAProxy(ServerCase):
             self.ollamas[0].server_close()
             self.assertEqual(set(pool.map(self.one, range(200))), {(200, True)})
 
-    def test_a_client_that_leaves_frees_the_model(self) -> None:
+    def test_a_client_that_leaves_the_proxy_frees_the_model(self) -> None:
         script = Script([content("The"), threading.Event()])
         for ollama in self.ollamas:
             ollama.forever = lambda body: script
@@ -4803,597 +5653,9 @@ class HAProxy(ServerCase):
         self.assertEqual(self.ask("GET", "/v1/models").status, 401)
 
 
-# ---- Real SDKs -----------------------------------------------------------------------------------
-# The two official ones, in whatever generation is installed: .ci/run brings the current one and the
-# last that runs on Python 3.8.
-
-try:
-    import anthropic
-except ImportError:
-    anthropic = None  # type: ignore[assignment]
-try:
-    import openai
-except ImportError:
-    openai = None  # type: ignore[assignment]
-
-
-def needs(sdk: Any, name: str) -> Callable[[Any], Any]:
-    """Skip without the SDK; but fail where CI is set, so that nobody takes a skip for a pass."""
-    return unittest.skipUnless(sdk or os.environ.get("CI"), f"the {name} SDK is not installed")
-
-
-class SDKCase(ServerCase):
-    settings = {"ping": 0.05}
-    url = ""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.url = f"http://127.0.0.1:{self.port}"
-
-
-@needs(anthropic, "anthropic")
-class AnthropicSDK(SDKCase):
-    QUESTION: Dict[str, Any] = {"model": "plain", "max_tokens": 100, "messages": USER}
-
-    def client(self, suffix: str = "") -> Any:
-        client = anthropic.Anthropic(base_url=self.url + suffix, api_key="none")
-        self.addCleanup(client.close)
-        return client
-
-    def test_create(self) -> None:
-        self.ollama.queue(Script(), Script())
-        for suffix in ("", "/v1"):                            # either base URL does
-            message = self.client(suffix).messages.create(**self.QUESTION)
-            self.assertEqual([block.text for block in message.content], ["The sky is blue."])
-            self.assertEqual((message.stop_reason, message.stop_sequence), ("end_turn", None))
-            self.assertEqual((message.usage.input_tokens, message.usage.output_tokens), (7, 6))
-            self.assertRegex(message._request_id, "^req_")
-
-    def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_message(self) -> None:
-        gate = threading.Event()
-        thoughts = [thinking("I should"), thinking(" think"), content("Answer"), done("length")]
-        question = {**self.QUESTION, "thinking": {"type": "enabled", "budget_tokens": 50}}
-        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
-        timer = threading.Timer(0.3, gate.set)                # six pings
-        timer.start()
-        self.addCleanup(timer.join)
-        with self.client().messages.stream(**question) as stream:
-            kinds = [event.type for event in stream]
-            streamed = stream.get_final_message()
-        whole = self.client().messages.create(**question)
-        self.assertEqual(whole.content[0].thinking, "I should think")
-        self.assertEqual(whole.content[1].text, "Answer")
-        self.assertEqual(kinds[0], "message_start")
-        self.assertEqual(kinds[-1], "message_stop")
-        self.assertEqual(comparable(streamed), comparable(whole))
-
-    def test_a_stream_ends_as_the_whole_message_for_every_conversation(self) -> None:
-        compared = collections.Counter(self.compare(text) for text in transcripts(MessagesConversations))
-        self.assertGreater(compared["message"], 15)
-        self.assertGreater(compared["error"], 5)
-
-    def compare(self, text: str) -> str:
-        """Play one transcript through the SDK, whole and streamed; what came of it both times."""
-        parts = sections(text)
-        body = json.loads(parts[0][2])
-        body.pop("stream", None)
-        first = {name: body.pop(name, otherwise) for name, otherwise in (
-            ("model", "plain"), ("max_tokens", 100), ("messages", None))}
-        results: List[Any] = []
-        for way in (self.whole, self.streamed):
-            self.ollama.scripts = scripts_of(parts)
-            with self.subTest(text=text[:400]):
-                try:
-                    results.append(comparable(way(**first, extra_body=body)))
-                except anthropic.APIError as error:
-                    results.append(error.body)
-        with self.subTest(text=text[:400]):
-            self.assertEqual(*(without_ids(result) for result in results))
-        return str(results[0]["type"])
-
-    def whole(self, **question: Any) -> Any:
-        return self.client().messages.create(**question)
-
-    def streamed(self, **question: Any) -> Any:
-        with self.client().messages.stream(**question) as stream:
-            return stream.get_final_message()
-
-    def test_the_tool_runner_carries_on_without_threads(self) -> None:
-        said: List[str] = []
-
-        @anthropic.beta_tool
-        def get_weather(city: str) -> str:
-            """Weather
-
-            Args:
-                city: where
-            """
-            said.append(city)
-            return "sunny"
-        self.ollama.queue(Script([line(calls(("get_weather", {"city": "Paris"}))), done()]), Script())
-        runner = self.client().beta.messages.tool_runner(
-            model="tools", max_tokens=100, tools=[get_weather], messages=USER)
-        self.assertEqual(runner.until_done().content[0].text, "The sky is blue.")
-        self.assertEqual(said, ["Paris"])
-        result = self.ollama.asked[1][1]["messages"][-1]
-        self.assertEqual((result["role"], result["content"], result["tool_name"]),
-                         ("tool", "sunny", "get_weather"))
-        threads = int(anthropic.__version__.partition(".")[0]) >= 2
-        self.eventually(lambda: len(LOG) == 2 + threads)
-        self.assertEqual([" 400 " in entry for entry in LOG].count(True), int(threads))
-
-    def test_images_and_thoughts(self) -> None:
-        self.ollama.queue(Script([{"capabilities": ["vision"]}]),
-                          Script([thinking("Hm."), content("A dot."), done()]))
-        message = self.client().messages.create(
-            model="eyes", max_tokens=2000, thinking={"type": "enabled", "budget_tokens": 1024},
-            messages=[{"role": "user", "content": [{"type": "image", "source": {
-                "type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}])
-        self.assertEqual([block.type for block in message.content], ["thinking", "text"])
-        self.assertEqual(self.ollama.asked[1][1]["messages"][0]["images"], ["iVBORw0KGgo="])
-        self.ollama.queue(Script())
-        self.client().messages.create(model="eyes", max_tokens=9, messages=[
-            *USER, {"role": "assistant", "content": message.content}, *USER])
-        self.assertEqual(self.ollama.asked[2][1]["messages"][1]["thinking"], "Hm.")
-
-    def test_structured_output(self) -> None:
-        import pydantic                               # comes with the SDK
-
-        class City(pydantic.BaseModel):
-            name: str
-            twin: Optional[City] = None
-
-        City.model_rebuild(_types_namespace={"City": City, "Optional": Optional})
-        self.ollama.queue(Script([content('{"name": "Paris",'), content(' "twin": null}'), done()]))
-        question = {**self.QUESTION, "messages": USER}
-        if hasattr(self.client().messages, "parse"):
-            found = self.client().messages.parse(**question, output_format=City).parsed_output
-        else:
-            message = self.client().messages.create(**question, extra_body={"output_format": {
-                "type": "json_schema", "schema": City.model_json_schema()}})
-            found = City.model_validate_json(message.content[0].text)
-        self.assertEqual(found, City(name="Paris"))
-        self.assertEqual(list(hazards(*[self.ollama.asked[0][1]["format"]] * 2)), [])
-
-    def test_count_tokens(self) -> None:
-        count = self.client().messages.count_tokens(model="plain", messages=USER, tools=[])
-        self.assertEqual((count.input_tokens, self.ollama.asked), (2, []))
-
-    def test_async(self) -> None:
-        self.ollama.forever = lambda body: Script()
-
-        async def texts() -> List[str]:
-            async with anthropic.AsyncAnthropic(base_url=self.url, api_key="none") as client:
-                async def one() -> str:
-                    async with client.messages.stream(**self.QUESTION) as stream:
-                        return "".join([text async for text in stream.text_stream])
-                return list(await asyncio.gather(*(one() for _ in range(20))))
-        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
-
-    def test_errors_have_their_classes_and_are_not_asked_for_again(self) -> None:
-        for script, kind, words in (
-                (Script([{"error": "model 'nope' not found"}], 404),
-                 anthropic.NotFoundError, "ollama pull"),
-                (Script([{"error": "invalid model name"}], 400),
-                 anthropic.BadRequestError, "invalid model name"),
-                (Script([{"error": "llama-server process has terminated"}], 500),
-                 anthropic.InternalServerError, "terminated")):
-            del self.ollama.asked[:]
-            self.ollama.queue(script)
-            with self.assertRaisesRegex(kind, words):
-                self.client().messages.create(**self.QUESTION)
-            self.assertEqual(len(self.ollama.asked), 1)
-
-    def test_a_cut_stream_raises(self) -> None:
-        self.ollama.queue(Script([content("The"), CUT]))
-        with self.assertRaisesRegex(anthropic.APIError, "is broken"):
-            with self.client().messages.stream(**self.QUESTION) as stream:
-                stream.get_final_message()
-
-    def test_models(self) -> None:
-        found = list(self.client().models.list())
-        self.assertEqual([model.id for model in found], [model["name"] for model in TAGS["models"]])
-        self.assertEqual(found[0].created_at.year, 2026)
-        model = self.client().models.retrieve("hf.co/someone/think:latest")
-        self.assertEqual((model.id, model.type), ("hf.co/someone/think:latest", "model"))
-
-
-CLAUDE, CODEX = shutil.which("claude"), shutil.which("codex")
-
-
-def needs_npm(found: Any, what: str) -> Callable[[Any], Any]:
-    return unittest.skipUnless(found or (os.environ.get("CI") and not os.environ.get("WITHOUT_NPM")),
-                               f"{what} is not installed")
-
-
-@needs_npm(CLAUDE, "Claude Code")
-class ClaudeCode(SDKCase):
-    """Claude Code itself, with a home and a folder of its own, and nowhere to go but here."""
-
-    def run_claude(self, prompt: str, folder: str) -> str:
-        environment = {
-            "HOME": folder, "PATH": os.environ["PATH"], "ANTHROPIC_BASE_URL": self.url,
-            "ANTHROPIC_AUTH_TOKEN": "none", "ANTHROPIC_MODEL": "tools",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-        work = Path(folder, "work")
-        work.mkdir(exist_ok=True)
-        process = subprocess.run([str(CLAUDE), "-p", prompt], cwd=str(work), env=environment,
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True, timeout=120)
-        self.assertEqual(process.returncode, 0, process.stdout)
-        return process.stdout.strip()
-
-    def test_a_plain_answer(self) -> None:
-        self.ollama.forever = lambda body: Script()
-        with tempfile.TemporaryDirectory() as folder:
-            self.assertEqual(self.run_claude("Why is the sky blue?", folder), "The sky is blue.")
-        system = self.ollama.asked[0][1]["messages"][0]
-        self.assertEqual(system["role"], "system")
-        self.assertNotIn("x-anthropic-billing-header", system["content"])
-        self.assertTrue(self.ollama.asked[0][1]["think"])
-
-    def test_it_reads_a_file_with_its_tool_and_answers_from_it(self) -> None:
-        def answer(body: Any) -> Script:
-            last = body["messages"][-1]
-            if last["role"] != "tool":
-                return Script([line(calls(("Read", {"file_path": path}))), done()])
-            number = re.search(r"number is (\d+)", last["content"])
-            return Script([content(f"It is {number and number[1]}."), done()])
-        self.ollama.forever = answer
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder, "work", "note.txt"))
-            Path(folder, "work").mkdir()
-            Path(path).write_text("The number is 4711.\n", encoding="utf-8")
-            self.assertEqual(self.run_claude("Which number is in note.txt?", folder), "It is 4711.")
-        offered = [tool["function"]["name"] for tool in self.ollama.asked[0][1]["tools"]]
-        self.assertIn("Read", offered)
-        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "Read")
-
-
-@needs_npm(CODEX, "Codex")
-class Codex(SDKCase):
-    """Codex itself, with a home and a folder of its own, and nowhere to go but here."""
-
-    CONFIG = """model = "tools"
-model_provider = "local"
-sandbox_mode = "danger-full-access"
-approval_policy = "never"
-
-[model_providers.local]
-name = "ollama_api.py"
-base_url = "URL/v1"
-wire_api = "responses"
-"""
-
-    def run_codex(self, prompt: str, folder: str) -> str:
-        home, work = Path(folder, "codex"), Path(folder, "work")
-        home.mkdir()
-        work.mkdir()
-        (home / "config.toml").write_text(self.CONFIG.replace("URL", self.url), encoding="utf-8")
-        process = subprocess.run(
-            [str(CODEX), "exec", "--skip-git-repo-check", prompt], cwd=str(work),
-            env={"HOME": folder, "CODEX_HOME": str(home), "PATH": os.environ["PATH"]},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-        self.assertEqual(process.returncode, 0, process.stderr)
-        return process.stdout.strip()
-
-    def test_a_plain_answer(self) -> None:
-        self.ollama.forever = lambda body: Script([thinking("Hm."), *SKY])
-        with tempfile.TemporaryDirectory() as folder:
-            self.assertEqual(self.run_codex("Why is the sky blue?", folder), "The sky is blue.")
-        self.assertEqual(self.ollama.asked[0][1]["messages"][0]["role"], "system")
-
-    def test_it_runs_a_command_and_answers_from_what_it_prints(self) -> None:
-        def answer(body: Any) -> Script:
-            last = body["messages"][-1]
-            if last["role"] != "tool":
-                command = ("exec_command", {"cmd": "echo number $((4700 + 11))"})
-                return Script([line(calls(command)), done()])
-            number = re.search(r"number (\d+)", last["content"])
-            return Script([content(f"It is {number and number[1]}."), done()])
-        self.ollama.forever = answer
-        with tempfile.TemporaryDirectory() as folder:
-            self.assertEqual(self.run_codex("Which number?", folder), "It is 4711.")
-        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "exec_command")
-
-
-@needs(openai, "openai")
-class OpenAISDK(SDKCase):
-    QUESTION: Dict[str, Any] = {"model": "plain", "messages": USER}
-
-    def client(self) -> Any:
-        client = openai.OpenAI(base_url=self.url + "/v1", api_key="none")
-        self.addCleanup(client.close)
-        return client
-
-    def test_create(self) -> None:
-        self.ollama.queue(Script())
-        completion = self.client().chat.completions.create(**self.QUESTION)
-        self.assertEqual(completion.choices[0].message.content, "The sky is blue.")
-        self.assertEqual(completion.choices[0].finish_reason, "stop")
-        self.assertEqual(completion.usage.total_tokens, 13)
-        self.assertRegex(completion._request_id, "^req_")
-
-    def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_completion(self) -> None:
-        gate = threading.Event()
-        thoughts = [thinking("I should"), content("Answer"), content("."), done("stop", 7, 12)]
-        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
-        timer = threading.Timer(0.3, gate.set)
-        timer.start()
-        self.addCleanup(timer.join)
-        with self.client().chat.completions.stream(
-                **self.QUESTION, stream_options={"include_usage": True}) as stream:
-            for _ in stream:
-                pass
-            streamed = stream.get_final_completion()
-        whole = self.client().chat.completions.create(**self.QUESTION)
-        self.assertEqual(whole.choices[0].message.content, "Answer.")
-        self.assertEqual(streamed.choices[0].message.content, "Answer.")
-        self.assertEqual(streamed.choices[0].message.reasoning_content, "I should")
-        self.assertEqual(whole.choices[0].message.reasoning, "I should")
-        self.assertEqual(streamed.choices[0].finish_reason, whole.choices[0].finish_reason)
-        self.assertEqual(streamed.usage, whole.usage)
-
-    def test_a_stream_ends_as_the_whole_completion_for_every_conversation(self) -> None:
-        compared = collections.Counter(self.compare(text) for text in transcripts(ChatConversations))
-        self.assertGreater(compared["completion"], 15)
-        self.assertGreater(compared["error"], 4)
-
-    def compare(self, text: str) -> str:
-        """Play one transcript through the SDK, whole and streamed; what came of it both times."""
-        parts = sections(text)
-        body = {**json.loads(parts[0][2]), "stream_options": {"include_usage": True}}
-        body.pop("stream", None)
-        first = {"model": body.pop("model", "plain"), "messages": body.pop("messages")}
-        results: List[Any] = []
-        for way in (self.whole, self.streamed):
-            self.ollama.scripts = scripts_of(parts)
-            try:
-                results.append(completion_of(way(**first, extra_body=body)))
-            except openai.APIError as error:
-                results.append(error.body)
-        with self.subTest(text=text[:400]):
-            self.assertEqual(results[0], results[1])
-        return "completion" if "finish_reason" in results[0] else "error"
-
-    def whole(self, **question: Any) -> Any:
-        return self.client().chat.completions.create(**question)
-
-    def streamed(self, **question: Any) -> Any:
-        with self.client().chat.completions.stream(**question) as stream:
-            try:
-                return stream.get_final_completion()
-            except openai.LengthFinishReasonError as error:      # the helper's alone
-                return error.completion
-
-    def test_a_tool_round_trip_with_parallel_calls(self) -> None:
-        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {
-            "type": "object", "properties": {"city": {"type": "string"}}}}}]
-        self.ollama.queue(Script([done("stop", 7, 6, calls(
-            ("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome"})))]), Script())
-        completions = self.client().chat.completions
-        message = completions.create(**self.QUESTION, tools=tools).choices[0].message
-        cities = [json.loads(call.function.arguments)["city"] for call in message.tool_calls]
-        self.assertEqual(cities, ["Oslo", "Rome"])
-        results = [{"role": "tool", "tool_call_id": call.id, "content": city}
-                   for call, city in zip(message.tool_calls, cities)]
-        answer = completions.create(model="plain", tools=tools,
-                                    messages=[*USER, message, *reversed(results)])
-        self.assertEqual(answer.choices[0].message.content, "The sky is blue.")
-        self.assertEqual([(asked["tool_call_id"], asked["content"]) for asked in
-                          self.ollama.asked[1][1]["messages"][2:]],
-                         [("call00002", "Rome"), ("call00001", "Oslo")])
-
-    def test_parse(self) -> None:
-        import pydantic                               # comes with the SDK
-
-        class City(pydantic.BaseModel):
-            name: str
-            size: int
-        self.ollama.forever = lambda body: Script([
-            content(json.dumps(example(body["format"], body["format"]))), done()])
-        completions = self.client().chat.completions
-        message = completions.parse(**self.QUESTION, response_format=City).choices[0].message
-        self.assertEqual(message.parsed, City(name="text", size=0))
-        message = completions.parse(
-            **self.QUESTION, tools=[openai.pydantic_function_tool(City)], tool_choice="required",
-        ).choices[0].message
-        self.assertEqual(message.tool_calls[0].function.parsed_arguments, City(name="text", size=0))
-        with completions.stream(**self.QUESTION, response_format=City) as stream:
-            found = stream.get_final_completion().choices[0].message.parsed
-        self.assertEqual(found, City(name="text", size=0))
-
-    def test_log_probabilities(self) -> None:
-        self.ollama.queue(Script([{**content("The"), "logprobs": [
-            {"token": "The", "logprob": -0.5, "bytes": [84, 104, 101], "top_logprobs": []}]}, done()]))
-        completion = self.client().chat.completions.create(**self.QUESTION, logprobs=True)
-        self.assertEqual(completion.choices[0].logprobs.content[0].token, "The")
-
-    def test_completions(self) -> None:
-        self.ollama.forever = lambda body: Script([
-            {"response": "return ", "done": False},
-            {"response": "1", "done": True, "done_reason": "stop", "eval_count": 2}])
-        question: Any = {"model": "coder", "prompt": "def a():", "suffix": "\n"}
-        whole = self.client().completions.create(**question)
-        self.assertEqual((whole.choices[0].text, whole.choices[0].finish_reason), ("return 1", "stop"))
-        chunks = list(self.client().completions.create(**question, stream=True))
-        self.assertEqual("".join(chunk.choices[0].text for chunk in chunks), "return 1")
-        self.assertEqual(chunks[-1].choices[0].finish_reason, "stop")
-
-    def test_embeddings_are_equal_in_both_encodings(self) -> None:
-        vectors = [[0.5, -0.25], [0.125, 1.0]]
-        self.ollama.forever = lambda body: Script([{"embeddings": vectors, "prompt_eval_count": 4}])
-        for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
-            found = self.client().embeddings.create(model="bert", input=["a", "b"], **encoding)
-            self.assertEqual([list(struct.unpack("<2f", base64.b64decode(entry.embedding)))
-                              if isinstance(entry.embedding, str) else entry.embedding
-                              for entry in found.data], vectors)
-            self.assertEqual(found.usage.prompt_tokens, 4)
-        self.assertEqual([body["truncate"] for _, body in self.ollama.asked], [False] * 3)
-
-    def test_async(self) -> None:
-        self.ollama.forever = lambda body: Script()
-
-        async def texts() -> List[str]:
-            async with openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none") as client:
-                async def one() -> str:
-                    stream = await client.chat.completions.create(**self.QUESTION, stream=True)
-                    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-                return list(await asyncio.gather(*(one() for _ in range(20))))
-        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
-
-    def test_errors_have_their_classes_and_are_not_asked_for_again(self) -> None:
-        for script, kind, code in (
-                (Script([{"error": "model 'nope' not found"}], 404),
-                 openai.NotFoundError, "model_not_found"),
-                (Script([{"error": NATIVE_OVERFLOW}], 400),
-                 openai.BadRequestError, "context_length_exceeded"),
-                (Script([{"error": "llama-server process has terminated"}], 500),
-                 openai.InternalServerError, None)):
-            del self.ollama.asked[:]
-            self.ollama.queue(script)
-            with self.assertRaises(kind) as raised:
-                self.client().chat.completions.create(**self.QUESTION)
-            self.assertEqual((raised.exception.code, len(self.ollama.asked)), (code, 1))
-
-    def test_a_cut_stream_raises(self) -> None:
-        self.ollama.queue(Script([content("The"), CUT]))
-        with self.assertRaisesRegex(openai.APIError, "is broken"):
-            for _ in self.client().chat.completions.create(**self.QUESTION, stream=True):
-                pass
-
-    def test_models(self) -> None:
-        found = list(self.client().models.list())
-        self.assertEqual([model.id for model in found], [model["name"] for model in TAGS["models"]])
-        model = self.client().models.retrieve("hf.co/someone/think:latest")
-        self.assertEqual(model.owned_by, "someone")
-
-
-@needs(openai, "openai")
-class ResponsesSDK(SDKCase):
-    QUESTION: Dict[str, Any] = {"model": "plain", "input": "Why?"}
-
-    def client(self) -> Any:
-        client = openai.OpenAI(base_url=self.url + "/v1", api_key="none")
-        self.addCleanup(client.close)
-        return client.responses
-
-    def streamed(self, **question: Any) -> Any:
-        """The last response of a stream: the helper's own getter knows completed ones only."""
-        with self.client().stream(**question) as stream:
-            return list(stream)[-1].response
-
-    def test_create(self) -> None:
-        self.ollama.queue(Script())
-        response = self.client().create(**self.QUESTION)
-        self.assertEqual((response.output_text, response.status), ("The sky is blue.", "completed"))
-        self.assertEqual((response.usage.total_tokens, response.error), (13, None))
-
-    def test_a_stream_ends_as_the_whole_response_for_every_conversation(self) -> None:
-        compared = 0
-        for text in transcripts(ResponsesConversations):
-            parts = sections(text)
-            body = json.loads(parts[0][2])
-            body.pop("stream", None)
-            if "error" in parts[-2][2] or "ns.b" in parts[0][2]:      # the SDK knows no namespaces
-                continue
-            first = {"model": body.pop("model"), "input": body.pop("input")}
-            found = []
-            for way in (self.client().create, self.streamed):
-                self.ollama.scripts = scripts_of(parts)
-                response = way(**first, extra_body=body).model_dump(
-                    mode="json", exclude_none=True, exclude={"created_at"}, warnings=False)
-                for item in response["output"]:
-                    item.pop("parsed_arguments", None)               # the helper's
-                found.append(without_ids(response))
-            with self.subTest(text=text[:400]):
-                self.assertEqual(found[0], found[1])
-            compared += 1
-        self.assertGreater(compared, 6)
-
-    def test_a_stream_survives_a_long_silence(self) -> None:
-        gate = threading.Event()
-        self.ollama.queue(Script([gate, *SKY]))
-        timer = threading.Timer(0.3, gate.set)
-        timer.start()
-        self.addCleanup(timer.join)
-        numbers = [event.sequence_number
-                   for event in self.client().create(**self.QUESTION, stream=True)]
-        self.assertEqual(numbers, list(range(len(numbers))))
-        self.assertGreater(len(numbers), 13)           # pings are among them
-
-    def test_a_tool_round_trip_with_thoughts(self) -> None:
-        tool = {"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": False}
-        self.ollama.queue(Script([thinking("Hm."), line(calls(("get_weather", {"city": "Oslo"}))), done()]),
-                          Script())
-        response = self.client().create(**self.QUESTION, tools=[tool])
-        reasoning, call = response.output
-        self.assertEqual((reasoning.summary[0].text, json.loads(call.arguments)), ("Hm.", {"city": "Oslo"}))
-        answer = self.client().create(model="plain", tools=[tool], input=[
-            {"role": "user", "content": "Why?"}, reasoning, call,
-            {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}])
-        self.assertEqual(answer.output_text, "The sky is blue.")
-        self.assertEqual([message["role"] for message in self.ollama.asked[1][1]["messages"]],
-                         ["user", "assistant", "tool"])
-
-    def test_parse(self) -> None:
-        import pydantic
-
-        class City(pydantic.BaseModel):
-            name: str
-        self.ollama.forever = lambda body: Script([
-            content(json.dumps(example(body["format"], body["format"]))), done()])
-        found = self.client().parse(**self.QUESTION, text_format=City)
-        self.assertEqual(found.output_parsed, City(name="text"))
-
-    def test_length_and_failure(self) -> None:
-        self.ollama.queue(Script([content("The"), done("length")]),
-                          Script([{"error": "model 'nope' not found"}], 404),
-                          Script([content("The"), CUT]))
-        response = self.client().create(**self.QUESTION)
-        self.assertEqual((response.status, response.incomplete_details.reason),
-                         ("incomplete", "max_output_tokens"))
-        with self.assertRaises(openai.NotFoundError):
-            self.client().create(**self.QUESTION, stream=True)
-        events = list(self.client().create(**self.QUESTION, stream=True))
-        self.assertEqual((events[-1].type, events[-1].response.error.code),
-                         ("response.failed", "server_error"))
-        self.assertIn("is broken", events[-1].response.error.message)
-
-    def test_async(self) -> None:
-        self.ollama.forever = lambda body: Script()
-
-        async def texts() -> List[str]:
-            async with openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none") as client:
-                answers = await asyncio.gather(*(
-                    client.responses.create(**self.QUESTION) for _ in range(20)))
-                return [answer.output_text for answer in answers]
-        self.assertEqual(asyncio.run(texts()), ["The sky is blue."] * 20)
-
-
-def completion_of(completion: Any) -> Any:
-    """What matters of a completion, however the SDK names what is not there."""
-    choice, message = completion.choices[0], completion.choices[0].message
-    calls_ = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-    legacy = message.function_call and message.function_call.arguments
-    scores = [(entry.token, entry.logprob) for entry in choice.logprobs.content or ()] \
-        if choice.logprobs else []
-    return {"finish_reason": choice.finish_reason, "content": message.content or "",
-            "calls": calls_, "legacy": legacy, "scores": scores, "usage": completion.usage,
-            "reasoning": [getattr(message, name, None) for name in ("reasoning", "reasoning_content")]}
-
-
-def without_ids(value: Any) -> str:
-    return re.sub('"(id|call_id|tool_use_id|request_id)": "[a-z]+_[0-9a-f]{24}"', r'"\1": "ID"', json.dumps(value))
-
-
-def comparable(model: Any) -> Dict[str, Any]:
-    return {key: value for key, value in model.model_dump(exclude_none=True).items() if key != "id"}
-
-
 # ---- Programs built on the SDKs ------------------------------------------------------------------
-# A text, a stream, a tool call and a structured output through each; theirs is a forced tool call or
-# a schema. .ci/run brings them, and says in WITHOUT_NPM what npm could not deliver.
+# A text, a stream, a tool call and a structured output through each; a structured output is a forced
+# tool call or a schema. .ci/run brings them, and says in WITHOUT_NPM what npm could not deliver.
 
 def installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) for name in names)
@@ -5408,7 +5670,7 @@ WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "requir
 
 
 class ProgramCase(SDKCase):
-    """The scripted Ollama calls a tool for [TOOL], obeys `format`, and else says what it knows."""
+    """Ask an Ollama that calls a tool for [TOOL], obeys `format`, and otherwise answers."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -5564,6 +5826,19 @@ class TheFile(unittest.TestCase):
         self.assertEqual(listed, re.findall(r"(?m)^# ---- (.*?) -+$", self.source))
         self.assertGreater(len(listed), 9)
 
+    def test_the_manual_says_through_which_sections_a_request_goes(self) -> None:
+        flow = " ".join(ollama_api.__doc__.partition("\n\nA request enters at ")[2].split())
+        sections = re.findall(r"(?m)^# ---- (.*?) -+$", self.source)
+        found = [name for name in sections if name in flow]
+        self.assertEqual(sorted(found, key=flow.index),
+                         ["Reading HTTP", "Routes", "Asking Ollama", "Events of an answer"])
+
+    def test_the_tests_have_the_sections_of_the_file_in_its_order(self) -> None:
+        sections, tests = (re.findall(r"(?m)^# ---- (.*?) -+$", text)
+                           for text in (self.source, self.tests))
+        self.assertEqual([name for name in tests if name in sections], sections[1:])
+        self.assertEqual(sections[0], "Configuration")  # which does nothing by itself
+
     def test_every_banner_has_two_to_six_lines_of_strategy(self) -> None:
         for banner in re.findall(r"(?m)^# ---- .*\n((?:#.*\n)+)", self.source):
             self.assertIn(banner.count("\n"), range(2, 8), banner)
@@ -5609,331 +5884,10 @@ class TheFile(unittest.TestCase):
         self.assertIn(ollama_api.__doc__.partition("\n\nContents")[0].strip(), process.stdout)
 
 
-# ---- The benchmark -------------------------------------------------------------------------------
-# Three processes: this one is the clients, one is a lean Ollama, one is the server. The same question
-# goes to Ollama itself and to two dialects, in alternating rounds; the table has medians.
-
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
-LEAN_LINE = json.dumps(content(" word")).encode() + b"\n"
-
-
-@functools.lru_cache(maxsize=None)
-def lean_answer(count: int) -> List[bytes]:
-    """The head, and a chunk for each line, as the wire has them."""
-    lines = [LEAN_LINE] * count + [json.dumps(done(answer=count)).encode() + b"\n"]
-    return [HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
-            *[b"%x\r\n%s\r\n" % (len(each), each) for each in lines], b"0\r\n\r\n"]
-
-
-class LeanOllama:
-    """Answers a question to the model `bench-TOKENS-MILLISECONDS` with so many tokens at that pace,
-    one send each; as fast as they are taken where it is 0. One thread with a timetable does it."""
-
-    def __init__(self) -> None:
-        self.timetable: List[Tuple[float, int, float, bytes, Iterator[bytes], socket.socket]] = []
-        self.numbers = itertools.count()
-        self.received: Dict[socket.socket, bytearray] = {}
-        self.selector = selectors.DefaultSelector()
-
-    def run(self) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(1024)
-            print(listener.getsockname()[1], flush=True)
-            self.selector.register(listener, selectors.EVENT_READ)
-            while True:
-                wait = self.timetable[0][0] - time.monotonic() if self.timetable else None
-                for key, _ in self.selector.select(wait):
-                    if key.fileobj is listener:
-                        self.accept(listener)
-                    else:
-                        self.receive(key.fileobj)
-                while self.timetable and self.timetable[0][0] <= time.monotonic():
-                    self.send(*heapq.heappop(self.timetable))
-
-    def accept(self, listener: socket.socket) -> None:
-        sock, _ = listener.accept()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.received[sock] = bytearray()
-        self.selector.register(sock, selectors.EVENT_READ)
-
-    def receive(self, sock: Any) -> None:
-        data = b""
-        with contextlib.suppress(OSError):
-            data = sock.recv(1 << 20)
-        if not data:
-            self.selector.unregister(sock)
-            del self.received[sock]
-            sock.close()
-            return
-        request = self.received[sock]
-        request += data
-        head = request.find(b"\r\n\r\n") + 4
-        length = re.search(rb"(?i)content-length: (\d+)", request[:head])
-        if head > 3 and len(request) - head == int(length[1] if length else 0):
-            self.answer(sock, re.search(rb'bench-(\d+)-(\d+)"', request[head:]))
-            request.clear()
-
-    def answer(self, sock: socket.socket, wanted: Optional[re.Match[bytes]]) -> None:
-        count, pace = (int(wanted[1]), int(wanted[2])) if wanted else (0, 0)
-        parts = iter(lean_answer(count) if wanted else
-                     (HEAD + b"Content-Length: 14\r\n\r\n{\"models\": []}",))
-        self.enter(time.monotonic(), pace / 1000, next(parts), parts, sock)
-
-    def enter(self, due: float, pace: float, part: bytes, parts: Iterator[bytes],
-              sock: socket.socket) -> None:
-        heapq.heappush(self.timetable, (due, next(self.numbers), pace, part, parts, sock))
-
-    def send(self, due: float, _: int, pace: float, part: bytes, parts: Iterator[bytes],
-             sock: socket.socket) -> None:
-        try:
-            part = part[sock.send(part):]
-        except BlockingIOError:
-            self.enter(time.monotonic() + 0.001, pace, part, parts, sock)
-            return
-        except OSError:
-            return
-        part = part or next(parts, b"")
-        if part:
-            self.enter(due + pace if pace else time.monotonic(), pace, part, parts, sock)
-
-
-@dataclass
-class Target:
-    """Who is asked: the columns of the table."""
-    name: str
-    port: int
-    path: str
-    pid: int = 0               # 0: Ollama itself, which costs nothing here
-
-    def request(self, tokens: int, pace: int = 0, stream: bool = True, size: int = 5) -> bytes:
-        body = json.dumps({"model": f"bench-{tokens}-{pace}", "stream": stream, "max_tokens": 99,
-                           "messages": [{"role": "user", "content": "x" * size}]}).encode()
-        return (f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-                f"\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
-
-    def told(self, name: str) -> str:
-        """What /proc says of the server; nothing where there is none, or no server."""
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.pid}/{name}").read_text()
-        return ""
-
-    def cpu(self) -> float:
-        """Seconds of processor time so far."""
-        ticks = self.told("stat").rpartition(")")[2].split()[11:13]
-        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-
-    def memory(self) -> float:
-        """Megabytes now."""
-        return int((self.told("status").partition("VmRSS:")[2].split() or "0")[0]) / 1024
-
-
-def answered(sock: socket.socket, request: bytes) -> Tuple[float, float]:
-    """Ask, and read the answer to its end: seconds until its first token, and in all."""
-    began = time.perf_counter()
-    sock.sendall(request)
-    got, first = b"", 0.0
-    while True:
-        data = sock.recv(1 << 20)
-        got += data
-        first = first or (time.perf_counter() - began if b"word" in got else 0.0)
-        head, _, body = got.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)content-length: (\d+)", head)
-        if not data or got.endswith(b"\r\n0\r\n\r\n") or length and len(body) == int(length[1]):
-            return first, time.perf_counter() - began
-
-
-@dataclass
-class Load:
-    """What many clients saw that came at once."""
-    finished: int = 0
-    first: List[float] = field(default_factory=list)     # seconds, one for each client
-    gaps: List[float] = field(default_factory=list)      # seconds between two tokens of one
-    cpu: float = 0.0                                     # seconds of the server's
-    memory: float = 0.0                                  # megabytes more than before, half-way
-
-
-def load(target: Target, clients: int, tokens: int, pace: int = 0) -> Load:
-    """Let `clients` connect at once, ask and read."""
-    result, cpu, memory = Load(), target.cpu(), target.memory()
-    request, began = target.request(tokens, pace), time.monotonic()
-    sample_at, give_up = began + tokens * pace / 2000, began + tokens * pace / 1000 + PATIENCE
-    with selectors.DefaultSelector() as selector:
-        for _ in range(clients):
-            sock = socket.socket()
-            sock.setblocking(False)
-            sock.connect_ex(("127.0.0.1", target.port))
-            selector.register(sock, selectors.EVENT_WRITE)
-        last: Dict[Any, float] = {}
-        while selector.get_map() and time.monotonic() < give_up:
-            for key, _ in selector.select(1):
-                look_after(selector, key, request, last, result, began)
-            if time.monotonic() > sample_at:
-                result.memory, sample_at = target.memory() - memory, give_up
-        for key in list(selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
-    result.cpu = target.cpu() - cpu
-    return result
-
-
-def look_after(selector: selectors.BaseSelector, key: Any, request: bytes, last: Dict[Any, float],
-               result: Load, began: float) -> None:
-    """Do what one of the clients can do now."""
-    sock = key.fileobj
-    if key.events == selectors.EVENT_WRITE:
-        sock.sendall(request)
-        selector.modify(sock, selectors.EVENT_READ)
-        return
-    with contextlib.suppress(OSError):
-        data, now = sock.recv(1 << 18), time.monotonic()
-        if b"word" in data:
-            (result.gaps if sock in last else result.first).append(now - last.get(sock, began))
-            last[sock] = now
-        if data and not data.endswith(b"0\r\n\r\n"):
-            return
-        result.finished += bool(data)
-    selector.unregister(sock)
-    sock.close()
-
-
-def middle(values: Iterable[float]) -> float:
-    return statistics.median(list(values) or [0.0])
-
-
-def p99(values: List[float]) -> float:
-    return sorted(values or [0.0])[len(values) * 99 // 100 - (len(values) % 100 == 0)]
-
-
-class Bench:
-    """The rows of the table: a name, and for each target the values of all rounds."""
-
-    def __init__(self, targets: List[Target], seconds: float) -> None:
-        self.targets, self.seconds = targets, seconds
-        self.rows: Dict[str, Dict[str, List[float]]] = {}
-
-    def note(self, row: str, target: Target, value: float) -> None:
-        self.rows.setdefault(row, {}).setdefault(target.name, []).append(value)
-
-    def run(self) -> None:
-        for _ in range(3):
-            for target in self.targets:
-                self.latency(target)
-                for clients in (8, 64):
-                    self.saturated(target, clients)
-        for _ in range(2):
-            for target in self.targets:
-                self.paced(target, 200, 20)
-        for target in self.targets:
-            self.paced(target, 1000, 200)
-
-    def latency(self, target: Target) -> None:
-        new: List[float] = []
-        first: List[float] = []
-        plain, streamed = target.request(1, stream=False), target.request(1)
-        with socket.create_connection(("127.0.0.1", target.port)) as sock:
-            kept = [answered(sock, plain)[1] for _ in range(100)]
-        for request, values, part in ((plain, new, 1), (streamed, first, 0)):
-            for _ in range(100):
-                began = time.perf_counter()
-                with socket.create_connection(("127.0.0.1", target.port)) as sock:
-                    connected = time.perf_counter() - began
-                    values.append(connected + answered(sock, request)[part])
-        with socket.create_connection(("127.0.0.1", target.port)) as sock:
-            large = target.request(1, stream=False, size=5_000_000)
-            self.note("5 MB request, ms", target, 1000 * answered(sock, large)[1])
-        for row, values in (("answer on a kept connection, ms", kept),
-                            ("answer on a new connection, ms", new), ("first token, ms", first)):
-            self.note(row, target, 1000 * middle(values))
-
-    def saturated(self, target: Target, clients: int) -> None:
-        tokens = int(20_000 * self.seconds) // clients
-        result = load(target, clients, tokens)
-        self.note(f"{clients} streams without delay, CPU us/token", target,
-                  1e6 * result.cpu / (tokens * clients))
-
-    def paced(self, target: Target, clients: int, pace: int) -> None:
-        tokens = int(2000 * self.seconds) // pace
-        result = load(target, clients, tokens, pace)
-        name = f"{clients} streams x {pace} ms"
-        for row, value in (("finished, %", 100 * result.finished / clients),
-                           ("gap p99, ms", 1000 * p99(result.gaps)),
-                           ("first token p99, ms", 1000 * p99(result.first)),
-                           ("CPU us/token", 1e6 * result.cpu / (tokens * clients)),
-                           ("KB a stream", 1024 * result.memory / clients)):
-            self.note(f"{name}: {row}", target, value)
-
-    def table(self) -> str:
-        names = [target.name for target in self.targets]
-        lines = ["| | " + " | ".join(names) + " | ratios to direct |", "|---|" + "--:|" * (len(names) + 1)]
-        for row, values in self.rows.items():
-            found = [middle(values.get(name, ())) for name in names]
-            ratios = [f"{value / found[0]:.1f}" for value in found[1:] if found[0]]
-            lines.append(f"| {row} | " + " | ".join(f"{value:.4g}" for value in found)
-                         + f" | {', '.join(ratios)} |")
-        return "\n".join(lines)
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
-
-
-def first_answer(command: Sequence[str]) -> Tuple[subprocess.Popen[bytes], Target, float]:
-    """Start a server: the process, whom to ask, and seconds until it answered."""
-    port, began = free_port(), time.perf_counter()
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while refuses("127.0.0.1", port):
-        time.sleep(0.002)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE) as reply:
-        reply.read()
-    return process, Target("chat", port, CHAT, process.pid), time.perf_counter() - began
-
-
-def start_up(ollama: str) -> Tuple[float, float]:
-    """Milliseconds from a user's command to the first answer, and megabytes then."""
-    times, memory = [], 0.0
-    for _ in range(7):
-        process, target, took = first_answer((*COMMAND, "--ollama", ollama))
-        times.append(1000 * took)
-        memory = target.memory()
-        process.kill()
-        process.wait()
-    return middle(times), memory
-
-
-def bench(seconds: float) -> int:
-    """Print the benchmark's table."""
-    ollama_api.allow_many_sockets()
-    with subprocess.Popen([sys.executable, __file__, "--lean-ollama"],
-                          stdout=subprocess.PIPE) as ollama:
-        assert ollama.stdout
-        lean = int(ollama.stdout.readline())
-        address = f"127.0.0.1:{lean}"
-        took, memory = start_up(address)
-        command = (*command_with(max_running=2000), "--ollama", address)
-        process, chat, _ = first_answer(command)
-        started = [ollama, process]
-        targets = [Target("direct", lean, "/api/chat"), chat,
-                   dataclasses.replace(chat, name="messages", path=MESSAGES)]
-        rounds = Bench(targets, seconds)
-        rounds.run()
-        for each in started:
-            each.kill()
-            each.wait()
-    print(f"ollama_api.py {ollama_api.__version__}, Python {platform.python_version()}, "
-          f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {time.strftime('%F')}\n")
-    print(rounds.table())
-    print(f"\nstart to first answer: {took:.0f} ms; at rest: {memory:.0f} MB")
-    return 0
-
-
 # ---- Running -------------------------------------------------------------------------------------
 
 def live(url: str) -> int:
-    """Three checks of a running server, as a user would make them."""
+    """Make three checks of a running server, as a user would."""
     def ask(path: str, body: Any = None) -> str:
         request = urllib.request.Request(url.rstrip("/") + path, body and json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=600) as reply:
@@ -5955,12 +5909,19 @@ def live(url: str) -> int:
 
 
 class Result(unittest.TextTestResult):
-    """Counts what passed: releases of unittest disagree on whether testsRun has the skipped."""
+    """Count what passed: releases of unittest disagree on whether testsRun has the skipped."""
     passed = 0
 
     def addSuccess(self, test: unittest.TestCase) -> None:
         super().addSuccess(test)
         self.passed += 1
+
+    def addFailure(self, test: unittest.TestCase, err: Any) -> None:
+        """Note a failure; join it to the one that the same test has had before its tearDown."""
+        super().addFailure(test, err)
+        texts = [text for failed, text in self.failures[-2:] if failed is test]
+        if len(texts) == 2:
+            self.failures[-2:] = [(test, "\n".join(texts))]
 
 
 class Runner(unittest.TextTestRunner):
@@ -5969,12 +5930,8 @@ class Runner(unittest.TextTestRunner):
 
 def main() -> int:
     if "--live" in sys.argv:
-        return live((sys.argv + ["http://localhost:8000"])[2])
-    if "--bench" in sys.argv:
-        return bench(float((sys.argv + ["2"])[3 if "--seconds" in sys.argv else -1]))
-    if "--lean-ollama" in sys.argv:
-        LeanOllama().run()
-    forgotten: List[Any] = []          # what was not closed: a ResourceWarning made an error
+        return live((sys.argv + ["http://127.0.0.1:8000"])[2])
+    forgotten: List[Any] = []  # what was not closed: a ResourceWarning made an error
 
     def remember(found: Any) -> None:
         forgotten.append(str(found.exc_value))
