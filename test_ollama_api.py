@@ -5872,6 +5872,23 @@ class TheFile(unittest.TestCase):
             found = re.findall(r"(?m)^[ |`]*(GET|POST) +(/[^\s`]*)", text)
             self.assertEqual(set(found), routes)
 
+    def test_the_readme_names_the_fields_that_are_honoured_and_no_others(self) -> None:
+        options = set(ollama_api.OLLAMA_OPTIONS)
+        openai_fields = (ollama_api.CHAT_FIELDS | ollama_api.COMPLETIONS_FIELDS
+                         | ollama_api.EMBEDDINGS_FIELDS)
+        responses = ollama_api.RESPONSES_FIELDS - options
+        refused = {"previous_response_id", "conversation", "prompt", "background"}
+        for title, fields in (("Anthropic's SDK", ollama_api.MESSAGES_FIELDS),
+                              ("OpenAI's SDK, and what is built on it", openai_fields),
+                              ("Codex", responses - refused)):
+            section = self.readme.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+            table = section.partition("| honoured |")[2].partition("\n\n")[0]
+            first = "".join(re.findall(r"(?m)^(\|[^|]*)", table))
+            named = {word for name in re.findall("`(.*?)`", first) for word in name.split(".")}
+            read = {word for name in fields for word in name.split(".")}
+            self.assertEqual({name.partition(".")[0] for name in fields} - named, set(), title)
+            self.assertEqual(named - read, set(), title)
+
     def test_the_readme_has_the_help_to_the_letter(self) -> None:
         process = subprocess.run([sys.executable, str(HERE / "ollama_api.py"), "--help"],
                                  stdout=subprocess.PIPE, text=True, timeout=30)
