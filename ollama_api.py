@@ -1533,8 +1533,8 @@ def responses_request(body: Body) -> ResponsesQuestion:
         one_call=body.get("parallel_tool_calls", bool) is False,
         echo={name: otherwise if body.value.get(name) is None else body.value[name]
               for name, otherwise in RESPONSES_ECHO.items()})
-    by_name = {tool.name: tool for tool in tools}
-    by_name.update({tool_items[tool.name]["name"]: tool for tool in tools})
+    by_name = {tool_items[tool.name]["name"]: tool for tool in tools}  # without namespaces
+    by_name.update({tool.name: tool for tool in tools})
     mode, tools = openai_choice(
         body.at("tool_choice"), ("function", "custom"), DETAILS_BESIDE, tools, by_name)
     schema = openai_format(body.object("text").object("format"), DETAILS_BESIDE)
@@ -2174,7 +2174,8 @@ class SchemaReducer:
 
         left = {name: set(direct_references(built[name])) for name in built}
         while left:
-            open_ends = {name: others for name, others in left.items() if others & left.keys()}
+            open_ends = {name: others for name, others in left.items()
+                         if any(other in left for other in others)}
             if len(open_ends) == len(left):
                 raise sources[min(left)].invalid("leads back to itself")
             left = open_ends
@@ -2217,6 +2218,8 @@ class SchemaReducer:
     def settle(self, schema: Schema, kept: JSON) -> JSON:
         """Rewrite combinations of which Ollama would look at one keyword alone."""
         if "$ref" in kept:
+            for word in kept.keys() - {"$ref", "type"}:  # both have the same type
+                schema.at(word).ignore()
             return {"$ref": kept["$ref"]}
         if {"allOf", "properties"} <= set(kept):
             own = {word: kept.pop(word) for word in ("properties", "required") if word in kept}
@@ -3824,7 +3827,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         config = Config(**values, ollama_key=environ.get("OLLAMA_API_KEY", ""))
         tls_context(config)  # or it would fail later, with a traceback
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--ollama: {error}")
     except OSError as error:  # or ssl.SSLError
         parser.error(f"--tls-cert, --tls-key: cannot be used: {error}")
     for problem in problems_of(config):
@@ -3875,7 +3878,7 @@ def ollama_url(text: str) -> str:
     with contextlib.suppress(ValueError):
         rest = f"[{ipaddress.IPv6Address(rest)}]"
     if scheme not in ("", "http", "https") or not re.fullmatch(r"[]A-Za-z0-9._:/\[-]*", rest):
-        raise ValueError(f"--ollama: must be host, host:port or an http or https URL, not {text}")
+        raise ValueError(f"must be host, host:port or an http or https URL, not {text}")
     parts = urllib.parse.urlsplit(f"{scheme or 'http'}://{rest}")
     host = parts.hostname or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

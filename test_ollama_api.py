@@ -3178,6 +3178,14 @@ class Responses(ServerCase):
     def test_fields_without_effect_are_reported(self) -> None:
         self.check_ignored(RESPONSES_IGNORED)
 
+    def test_a_name_without_a_namespace_is_first_that_of_a_tool_without_one(self) -> None:
+        tools = [{"type": "function", "name": "find"}, {"type": "namespace", "name": "web", "tools": [
+            {"type": "function", "name": "find"}, {"type": "function", "name": "open"}]}]
+        for name, told in (("find", "find"), ("web.find", "web.find"), ("open", "web.open")):
+            question = ollama_api.responses_request(body_of(
+                input="Hi", tools=tools, tool_choice={"type": "function", "name": name}))
+            self.assertIn(f"Call the tool {told}: ", question.body["messages"][0]["content"])
+
     def test_what_else_a_response_may_ask_for(self) -> None:
         def read(**body: Any) -> ollama_api.ResponsesQuestion:
             return ollama_api.responses_request(body_of(input="Hi", **body))
@@ -3858,6 +3866,9 @@ SCHEMAS: List[Any] = [
           **{"$defs": {"a/b c": {"type": "null"}}}),
      prop({"$ref": "#/$defs/a1b20c"}, **{"$defs": {"a1b20c": {"type": "null"}}}),
      ["s.properties.a.maxLength"]),
+    (prop({"$ref": "#/$defs/n", "type": "integer", "minimum": 3}, **{"$defs": {"n": {}}}),
+     prop({"$ref": "#/$defs/n"}, **{"$defs": {"n": {}}}),
+     ["s.properties.a.minimum"]),
     (prop({"$ref": "#/anyOf/0"}, anyOf=[{"type": "null"}]),
      prop({"$ref": "#/$defs/0"}, **{"$defs": {"0": {"type": "null"}}}), ["s.anyOf"]),
     (nested(60), nested(60), []), (nested(30, "allOf"), nested(30, "allOf"), []),
@@ -5432,6 +5443,7 @@ class CommandLine(unittest.TestCase):
     def test_what_is_wrong_is_said_in_a_line_and_names_the_option(self) -> None:
         for argv, name in ((["--port", "x"], "--port"), (["--port", "65536"], "--port"),
                            (["--ping", "0"], "--ping"), (["--ollama", "ftp://a"], "--ollama"),
+                           (["--ollama", "a:b"], "--ollama"),
                            (["--ping", "inf"], "--ping"),
                            (["--alias", "a"], "--alias"), (["--num-ctx", "0"], "--num-ctx"),
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
