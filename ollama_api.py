@@ -12,8 +12,8 @@ Point a client at it (any key will do; the SDKs insist on one)
 Endpoints
     POST /v1/messages              Anthropic Messages
     POST /v1/messages/count_tokens the length of a prompt, estimated
-    POST /v1/chat/completions      OpenAI Chat Completions; curl and requests get a stream unless
-                                   they send "stream": false
+    POST /v1/chat/completions      OpenAI Chat Completions; curl and Python's requests get a
+                                   stream unless they send "stream": false
     POST /v1/responses             OpenAI Responses, for Codex
     POST /v1/completions           continue a text, or fill in its middle
     POST /v1/embeddings            turn texts into vectors
@@ -52,7 +52,7 @@ Contents of this file, from top to bottom
 
 A request enters at Reading HTTP, near the end of this file. Routes names its endpoint, and the
 endpoint's dialect turns the body into a question for Ollama. Asking Ollama sends it, Events of
-an answer reads what comes back, and the dialect turns that into frames.
+an answer reads what comes back, and the dialect turns that into a reply.
 To add a dialect, write its section and its rows in ROUTES. To add an option, add a field to Config.
 """
 
@@ -99,8 +99,8 @@ __version__ = "0.1.0"
 
 # ---- Configuration -------------------------------------------------------------------------------
 # All settings. A field made by `option` is also a command line option and an environment
-# variable (see Options, start and end); the others are limits, changed only here. Nothing is
-# read from the environment at import. Seconds and bytes, unless a name says otherwise.
+# variable (see Options, start and end). ollama_key comes from OLLAMA_API_KEY. The others are
+# limits, changed only here. Nothing is read from the environment at import. Times are in seconds.
 
 def option(default: Any, meaning: str, **how: Any) -> Any:
     """Return a field of Config that the command line can set. `how` is passed to argparse,
@@ -120,16 +120,16 @@ class Config:
         (), "use MODEL for names like PATTERN (* and ?) that are not installed; repeatable, "
         "the first match wins", metavar="PATTERN=MODEL", action="append")
     num_ctx: Optional[int] = option(
-        None, "context window in tokens, the same for all requests; by default Ollama decides",
+        None, "context window in tokens, for requests without num_ctx; by default Ollama decides",
         type=int, metavar="N")
     default_stream: str = option(
         "auto", "stream chat completions that do not say whether to: on, off, or auto (on for "
-        "curl and requests, off for SDKs)", choices=("auto", "on", "off"))
+        "curl and Python's requests, off for SDKs)", choices=("auto", "on", "off"))
     ping: float = option(
         15.0, "seconds of silence after which a stream gets a keep-alive ping",
         type=float, metavar="SECONDS")
     api_key: Tuple[str, ...] = option(
-        (), "demand this key of every client; repeatable",
+        (), "demand a key of every client, and accept this one; repeatable",
         metavar="KEY", action="append", env="OLLAMA_API_SERVER_KEY")
     allow_origin: Tuple[str, ...] = option(
         (), "admit web pages of this origin, like https://chat.example; repeatable",
@@ -138,8 +138,8 @@ class Config:
         "", "serve https with the certificate chain in this PEM file", metavar="FILE")
     tls_key: str = option(
         "", "the certificate's private key, if it is in another file", metavar="FILE")
-    insecure: bool = option(False, "allow an address that others can reach without an --api-key",
-                            action="store_true")
+    insecure: bool = option(
+        False, "with no --api-key, allow an address that others can reach", action="store_true")
     demo: bool = option(False, "start a stand-in for Ollama that repeats what it is told",
                         action="store_true")
 
@@ -157,7 +157,7 @@ class Config:
     max_connections: int = 4096  # a thread each
     backlog: int = 1024  # with 5, seven of ten bursts of 200 clients failed
     connect_seconds: float = 5  # to Ollama
-    ask_seconds: float = 10  # if no model runs
+    ask_seconds: float = 10  # for lists, version
     health_seconds: float = 2
     line_bytes: int = 32 << 20  # from Ollama
     embed_bytes: int = 256 << 20
@@ -165,10 +165,10 @@ class Config:
 
 
 # ---- Questions and events ------------------------------------------------------------------------
-# The neutral middle, lopsided on purpose. A question is Ollama's own request body, which each
-# dialect writes directly: there is no third vocabulary. An answer is a stream of small events,
-# the same for all clients: any number of Thinking, Text and ToolCall in the model's order,
-# then exactly one Finish. Anything else is an APIError.
+# What all dialects share. A question holds Ollama's own request body: each dialect writes it
+# directly, without a form in between. An answer is a stream of small events, the same for all
+# clients: any number of Thinking, Text and ToolCall in the model's order, then exactly one
+# Finish. Any failure is an APIError.
 
 JSON = Dict[str, Any]
 Prompt = Mapping[str, Any]  # a body for Ollama
@@ -177,13 +177,13 @@ Q = TypeVar("Q", bound="Question")
 
 
 class OllamaMessage(TypedDict, total=False):
-    role: str  # or system, assistant, tool
+    role: str  # user, system, assistant, tool
     content: str
     thinking: str  # of an assistant
     images: List[str]  # in base64
     tool_calls: List[JSON]  # see add_call
     tool_name: str  # of the call it answers
-    tool_call_id: str  # the same
+    tool_call_id: str  # of the same call
 
 
 class OllamaRequest(TypedDict, total=False):
@@ -206,13 +206,13 @@ class Question:
     """Hold a translated request: what Ollama is asked, and what shapes its answer here."""
     body: OllamaRequest
     stream: bool = False
-    stop: Sequence[str] = ()  # not for Ollama
-    one_call: bool = False  # drop other calls
+    stop: Sequence[str] = ()  # for until_stop
+    one_call: bool = False  # drop all but the first
     prompt_tokens: int = 0  # an estimate
     decode: Optional[Decode] = None
 
 
-# Events are dataclasses: of NamedTuples, Text("a") == Thinking("a") would be true.
+# Events are dataclasses: if they were NamedTuples, Text("a") == Thinking("a") would be true.
 
 @dataclass(frozen=True)
 class Thinking:
@@ -269,12 +269,12 @@ class Request:
 
 
 @dataclass
-class Answer:
+class Reply:
     """Hold what an endpoint gives: one JSON object, or the frames of a stream."""
     content: Union[JSON, Frames]
     status: int = 200
     content_type: str = "application/json"
-    pings: Frames = iter(())  # while it waits
+    pings: Frames = iter(())  # while silent
 
 
 @dataclass
@@ -286,14 +286,14 @@ class Context:
     server: Server
 
     def ask(self, question: Q, reply: Callable[[Q, Events], JSON],
-            stream: Callable[[Q, Events], Frames], pings: Frames) -> Answer:
-        """Ask Ollama. `reply` or `stream` puts its answer into the dialect's words."""
+            stream: Callable[[Q, Events], Frames], pings: Frames) -> Reply:
+        """Return Ollama's answer in the dialect's words: by `reply`, or by `stream` as frames."""
         question.prompt_tokens = self.server.rates.tokens(question.body)
         events = self.ollama.events(question)
         if question.stream:
             frames = stream(question, events)
-            return Answer(frames, content_type=EVENT_STREAM, pings=pings)
-        return Answer(reply(question, events))
+            return Reply(frames, content_type=EVENT_STREAM, pings=pings)
+        return Reply(reply(question, events))
 
 
 @dataclass(eq=False)
@@ -308,12 +308,12 @@ class APIError(Exception):
 
 
 class PromptTooLong(APIError):
-    """Report a prompt that does not fit the context window. 0: Ollama gave no number."""
+    """Report a prompt that does not fit the context window. A number is 0 if it is unknown."""
 
-    def __init__(self, prompt_tokens: int, context: int) -> None:
+    def __init__(self, prompt_tokens: int, window: int) -> None:
         self.prompt_tokens = prompt_tokens
-        self.context = context
-        message = f"prompt is too long: {prompt_tokens} tokens > {context} maximum"
+        self.window = window
+        message = f"prompt is too long: {prompt_tokens} tokens > {window} maximum"
         super().__init__(400, message, code="context_length_exceeded")
 
 
@@ -351,7 +351,7 @@ class Field:
 
     @property
     def path(self) -> str:
-        """Join the names that lead here. Only errors need it, so it is not kept."""
+        """Join the names that lead here. Few fields are asked for it, so it is not kept."""
         before = "" if self.parent is None else self.parent.path
         return f"{before}.{self.name}" if before else str(self.name)
 
@@ -402,7 +402,7 @@ class Field:
         return value if value in words else self.at(name).word(words)
 
     def needed(self, name: str, expected: type = dict) -> Field:
-        """Return `name`, which must be there."""
+        """Return the field `name`, which must be there. (`need` returns its value.)"""
         return Field(self.need(name, expected), self, name)
 
     def object(self, name: str) -> Field:
@@ -441,7 +441,7 @@ class Body(Field):
 
 
 def ignore_unread(owner: Field, fields: Iterable[str]) -> None:
-    """Report the given fields that are not among the `fields` that are read.
+    """Report as ignored what the client sent, but for the `fields` that are read.
     A dotted name means that only that part of an object is read."""
     for name, value in owner.value.items():
         field = Field(value, owner, name)
@@ -482,7 +482,7 @@ OLLAMA_OPTIONS = {
 
 
 def read_ollama_options(body: Field, table: Mapping[str, Option]) -> Tuple[JSON, List[str]]:
-    """Return options, overridden by the client's own `options`; and their stop texts."""
+    """Return the options, with the client's own `options` on top; and the stop texts in those."""
     own = body.object("options")
     stop = stop_texts(own, "stop")
     options = {**read_options(body, table), **own.value, "stop": None}
@@ -518,7 +518,7 @@ def stop_text(text: Field) -> str:
 
 
 def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
-    """Build a message. Texts are joined by blank lines; a key without a value is absent."""
+    """Build a message. Texts are joined by blank lines. Only content may be empty."""
     values: Dict[str, List[Any]] = {}
     for key, value in parts:
         values.setdefault(key, []).append(value)
@@ -534,7 +534,7 @@ def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
 
 def system_first(messages: List[OllamaMessage]) -> List[OllamaMessage]:
     """Join the system texts before the first answer; later ones become user text. Moved to the
-    front, they would cost Ollama its KV cache each time (Claude Code sends some since 2.1.154)."""
+    front, they would cost Ollama its KV cache (Claude Code has sent some since 2.1.154)."""
     early: List[str] = []
     turns: List[OllamaMessage] = []
     answered = False
@@ -559,7 +559,7 @@ class History:
         self.count = 0
 
     def add_call(self, id: str, name: str, arguments: JSON) -> JSON:
-        """Remember a call, in Ollama's form."""
+        """Remember a call, and return it in Ollama's form."""
         self.count += 1
         own = f"call{self.count:05}"
         self.calls[id] = own, name
@@ -567,7 +567,7 @@ class History:
         return {"id": own, "function": function}
 
     def result(self, id: Field) -> OllamaMessage:
-        """Return the head of the message that answers the call with this id."""
+        """Return the fields of a tool message that say which call it answers."""
         if id.value not in self.calls:
             raise id.invalid(f"no tool call before has the id {dumps(id.value)}")
         call, name = self.calls[id.value]
@@ -652,14 +652,14 @@ def sse(data: JSON) -> bytes:
 
 
 def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    """Return `frame` with all but the text already encoded. It costs a sixth per token."""
-    gap = new_id("gap_")  # nobody can know it
+    """Return `frame` with all but the text encoded beforehand: a sixth of the cost per token."""
+    gap = new_id("gap_")  # no other text contains it
     parts = frame(gap).split(dumps(gap).encode())
     return lambda text: dumps(text).encode().join(parts)
 
 
 def once_begun(events: Events) -> Events:
-    """Wait for the first event, then return all of them. Every x_stream calls this before
+    """Wait for the first event, then return all of them. Every stream calls this before
     its first frame, so that an early failure is still an HTTP status."""
     return itertools.chain((next(events),), events)
 
@@ -671,8 +671,8 @@ def collect(events: Events) -> Tuple[List[Any], Finish]:
 
 
 def runs_of(events: Iterable[Any]) -> Iterator[Tuple[type, Iterator[Any]]]:
-    """Group consecutive events of one type; each tool call is a group of its own. Dialects
-    call a group a content block or an item."""
+    """Yield runs: consecutive events of one type; each tool call is a run of its own. Dialects
+    call a run a content block or an item."""
     for kind, run in itertools.groupby(events, type):
         if kind is ToolCall:
             yield from ((kind, iter((call,))) for call in run)
@@ -683,21 +683,21 @@ def runs_of(events: Iterable[Any]) -> Iterator[Tuple[type, Iterator[Any]]]:
 # ---- Anthropic Messages --------------------------------------------------------------------------
 # The Messages API of 2023-06-01 and 2026-10-21, for both generations of the anthropic SDKs
 # and for Claude Code. Thinking is off unless it is asked for, because programs read
-# content[0].text. Signatures are neither made nor checked. Content blocks are the groups of
+# content[0].text. Signatures are neither made nor checked. Content blocks are the runs of
 # runs_of, so their indexes count up and only one is open at a time.
 
 MESSAGES_PINGS = itertools.repeat(sse({"type": "ping"}))
 
 
-def create_message(context: Context) -> Answer:
+def create_message(context: Context) -> Reply:
     question = messages_request(context.body)
     return context.ask(question, messages_reply, messages_stream, MESSAGES_PINGS)
 
 
-def count_tokens(context: Context) -> Answer:
-    """Answer with an estimate. Ollama is not asked: Claude Code's /context sends two dozen."""
+def count_tokens(context: Context) -> Reply:
+    """Answer with an estimate, without Ollama: Claude Code's /context sends two dozen requests."""
     question = messages_request(context.body)
-    return Answer({"input_tokens": context.server.rates.tokens(question.body)})
+    return Reply({"input_tokens": context.server.rates.tokens(question.body)})
 
 
 MESSAGES_OPTIONS = {
@@ -713,8 +713,8 @@ MESSAGES_FIELDS = {
 
 
 def messages_request(body: Body) -> Question:
-    """Translate a Messages request. Unlike at Anthropic, max_tokens may be absent."""
-    if body.value.get("thread") is not None:  # anthropic-python 2 then sends everything
+    """Translate a Messages request. max_tokens may be absent; Anthropic's own API demands it."""
+    if body.value.get("thread") is not None:  # anthropic-python 2 then retries with all messages
         raise APIError(
             400, "thread: threads are not kept here, send all messages", param="thread",
             details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
@@ -773,7 +773,7 @@ def nested_parts(owner: Field) -> Tuple[List[str], List[Part]]:
 
 
 def plain_block(block: Field) -> Parts:
-    """Yield the text of a block of type text or thinking, which stands under that name."""
+    """Yield the text of a text or thinking block: its field has the name of the type."""
     name = block.value["type"]
     yield "thinking" if name == "thinking" else "content", block.need(name, str)
 
@@ -863,7 +863,7 @@ MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[Field], Parts]]] = {
 
 def messages_tools(body: Field) -> Choice:
     """Return how tools may be called (none, auto or required), and which of them.
-    Deferred tools are not offered, nor are Anthropic's own, which have a type."""
+    Deferred tools are not offered, nor are Anthropic's own, which have a type other than custom."""
     tools = []
     for tool in body.each("tools"):
         custom = (tool.get("type", str) or "custom") == "custom"
@@ -930,7 +930,7 @@ def messages_object(question: Question, content: List[JSON], finish: Finish) -> 
 
 
 def messages_block(kind: type, parts: List[Any]) -> JSON:
-    """Return the content block of a group of events; of none, the beginning of a text."""
+    """Return the content block of a run of events; of no events, an empty one to start with."""
     if kind is ToolCall:
         return {"type": "tool_use", "id": new_id("toolu_"),
                 "name": parts[0].name, "input": parts[0].arguments}
@@ -942,7 +942,7 @@ def messages_block(kind: type, parts: List[Any]) -> JSON:
 
 def messages_stream(question: Question, events: Events) -> Frames:
     """Yield the frames. Ollama reports the prompt's length only at the end: message_start has an
-    estimate, and message_delta the count, by which the SDKs replace it."""
+    estimate, and message_delta the count, with which the SDKs replace it."""
     events = once_begun(events)
     start = messages_object(question, [], Finish("", question.prompt_tokens, 0))
     yield sse({"type": "message_start", "message": {**start, "stop_reason": None}})
@@ -1014,7 +1014,7 @@ def text_part(part: Field) -> Part:
 
 
 def image_part(part: Field) -> Part:
-    """Return an image_url: an object with a data URL or, from some clients, only the URL."""
+    """Return the image in image_url: an object with a data URL, or (in Responses) just the URL."""
     url = part.at("image_url")
     if not isinstance(url.value, str):
         url = part.needed("image_url").needed("url", str)
@@ -1024,8 +1024,8 @@ def image_part(part: Field) -> Part:
     return "images", base64_text(url, head.end())
 
 
-def earlier_call(function: Field, name: str, id: str) -> JSON:
-    """Return an earlier call. Its arguments are an object, or a text that holds one."""
+def add_earlier_call(function: Field, name: str, id: str) -> JSON:
+    """Remember an earlier call, and return it. Its arguments are an object, or JSON text of one."""
     field = function.at("arguments")
     value = field.value or "{}"
     if isinstance(value, str):
@@ -1046,7 +1046,7 @@ DETAILS_BESIDE: Details = lambda field, _type: field  # noqa: E731
 
 def openai_choice(choice: Field, types: Sequence[str], details: Details,
                   tools: List[Tool], by_name: Mapping[str, Tool]) -> Choice:
-    """Return how tools may be called (none, auto or required), and which of them."""
+    """Return how tools may be called, and which, by a word, by one tool, or by allowed_tools."""
     mode = "auto"
     if choice.value and isinstance(choice.value, str):
         mode = choice.word(("auto", "none", "required"))
@@ -1098,7 +1098,7 @@ def openai_error(error: APIError, _request_id: str) -> JSON:
     otherwise = "invalid_request_error" if error.status < 500 else "api_error"
     message = error.message
     if isinstance(error, PromptTooLong):
-        message = (f"This model's maximum context length is {error.context} tokens. "
+        message = (f"This model's maximum context length is {error.window} tokens. "
                    f"However, your messages resulted in {error.prompt_tokens} tokens.")
     return {"error": {"message": message, "type": types.get(error.status, otherwise),
                       "param": error.param, "code": error.code}}
@@ -1108,7 +1108,7 @@ def openai_error(error: APIError, _request_id: str) -> JSON:
 # For the openai SDKs and all that is built on them; for people with curl, `system` at the top
 # level too, and a stream unless "stream" is false. Reasoning has both names in use: DeepSeek's
 # reasoning_content and Ollama's reasoning. Keep-alives are comments: openai-python up to 3.54
-# parses other lines as JSON, and adds strings up, so role and finish_reason come only once.
+# parses other lines as JSON. It joins strings across chunks: role and finish_reason come once.
 
 CHAT_PINGS = itertools.repeat(b": ping\n\n")
 CHAT_DONE = b"data: [DONE]\n\n"
@@ -1120,7 +1120,7 @@ class ChatQuestion(Question):
     include_usage: bool = False
 
 
-def create_chat_completion(context: Context) -> Answer:
+def create_chat_completion(context: Context) -> Reply:
     question = chat_request(context.body)
     if context.body.value.get("stream") is None:
         default = context.body.config.default_stream
@@ -1129,8 +1129,8 @@ def create_chat_completion(context: Context) -> Answer:
 
 
 def wants_stream(headers: Mapping[str, str], default: str) -> bool:
-    """Return whether a client that does not say so wants a stream. People with curl, requests
-    or urllib do; SDKs do not. (Vercel's AI SDK 6 and fetch in Node send Sec-Fetch-Mode.)"""
+    """Return whether to send a stream if the request does not say. People with curl, requests or
+    urllib want one; SDKs do not. (Vercel's AI SDK 6 and fetch in Node send Sec-Fetch-Mode.)"""
     accept = headers.get("accept", "")
     if default != "auto" or "text/event-stream" in accept:
         return default != "off"
@@ -1144,7 +1144,7 @@ def wants_stream(headers: Mapping[str, str], default: str) -> bool:
 CHAT_OPTIONS = {
     **OLLAMA_OPTIONS,
     "max_tokens": Option("num_predict", int, at_least=1),
-    "max_completion_tokens": Option("num_predict", int, at_least=1),  # overrides the older
+    "max_completion_tokens": Option("num_predict", int, at_least=1),  # overrides max_tokens
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float),
     "seed": Option("seed", int),
@@ -1184,7 +1184,7 @@ def chat_request(body: Body) -> ChatQuestion:
 
 
 def chat_question(body: Body, asked: OllamaRequest) -> ChatQuestion:
-    """Return a question with the settings that completions have as well."""
+    """Return a question with the settings that Chat Completions and Completions share."""
     if body.get("n", int) not in (None, 1):
         raise body.at("n").invalid("must be 1: Ollama gives one answer at a time")
     usage = body.object("stream_options").get("include_usage", bool)
@@ -1218,7 +1218,7 @@ def chat_earlier(turn: Field) -> Parts:
     if turn.get("function_call", dict):  # the older form has no id
         calls.append((turn.object("function_call"), ""))
     for function, id in calls:
-        yield "tool_calls", earlier_call(function, function.need("name", str), id)
+        yield "tool_calls", add_earlier_call(function, function.need("name", str), id)
 
 
 def chat_result(turn: Field) -> OllamaMessage:
@@ -1245,7 +1245,7 @@ def chat_tools(body: Field) -> Choice:
     by_name = {tool.name: tool for tool in tools}
     choice = body.at("tool_choice")
     if choice.value is None:
-        choice = body.at("function_call")  # the older form: a word, or a name
+        choice = body.at("function_call")  # the older form: a word, or an object with a name
         if choice.value and not isinstance(choice.value, str):
             choice.check(dict)
             return "required", [by_name[choice.one_of("name", by_name)]]
@@ -1367,7 +1367,7 @@ def chat_stream(question: ChatQuestion, events: Events) -> Frames:
 # ---- Completions and Embeddings ------------------------------------------------------------------
 # Completions are for editors that fill in the middle of a text, and for older programs. They
 # ask /api/generate, so that the model's template applies, and ask for no thoughts, for which
-# they have no place. Embeddings go out in base64 by default, as little-endian float32.
+# they have no place. The openai SDK asks for embeddings in base64, as little-endian float32.
 
 COMPLETIONS_FIELDS = {
     "model", "prompt", "suffix", "stream", "stream_options.include_usage", "stop", "n",
@@ -1378,7 +1378,7 @@ EMBEDDINGS_FIELDS = {
     *OLLAMA_OPTIONS, *EMBEDDINGS_OPTIONS}
 
 
-def create_completion(context: Context) -> Answer:
+def create_completion(context: Context) -> Reply:
     question = completions_request(context.body)
     return context.ask(question, completions_reply, completions_stream, CHAT_PINGS)
 
@@ -1387,7 +1387,7 @@ def completions_request(body: Body) -> ChatQuestion:
     prompts = texts_of(body, "prompt")
     if len(prompts) > 1:
         raise body.at("prompt").invalid(
-            "must be one text: ask for each of several in a request of its own")
+            "must be one text: send a request for each")
     question = chat_question(body, {"prompt": prompts[0], "think": False})
     suffix = body.get("suffix", str)
     if suffix:
@@ -1442,7 +1442,7 @@ def completions_choice(text: str, finish_reason: Optional[str]) -> JSON:
         "index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}]}
 
 
-def create_embeddings(context: Context) -> Answer:
+def create_embeddings(context: Context) -> Reply:
     """Answer POST /v1/embeddings. A text that is too long is an error; Ollama would cut it."""
     body = context.body
     texts = texts_of(body, "input")
@@ -1463,11 +1463,11 @@ def create_embeddings(context: Context) -> Answer:
             for index, vector in enumerate(vectors)]
     tokens = ollama_field(found, "prompt_eval_count", 0)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return Answer({"object": "list", "data": data, "model": model, "usage": usage})
+    return Reply({"object": "list", "data": data, "model": model, "usage": usage})
 
 
 def encoded(vector: Any, encoding: str) -> Union[str, List[float]]:
-    """Return an embedding as the client wants it; fail if it is none."""
+    """Return an embedding as the client wants it; fail if it is not a list of numbers."""
     try:
         packed = struct.pack(f"<{len(vector)}f", *vector)
     except (TypeError, struct.error, OverflowError) as error:
@@ -1482,12 +1482,12 @@ def encoded(vector: Any, encoding: str) -> Union[str, List[float]]:
 
 @dataclass
 class ResponsesQuestion(Question):
-    # tool name: how an item that calls it begins
+    # tool name, as the model knows it: type, name and namespace of an item that calls it
     tool_items: Dict[str, JSON] = dataclasses.field(default_factory=dict)
     echo: JSON = dataclasses.field(default_factory=dict)  # see RESPONSES_ECHO
 
 
-def create_response(context: Context) -> Answer:
+def create_response(context: Context) -> Reply:
     question = responses_request(context.body)
     stream = ResponseStream(question)
     return context.ask(question, responses_reply,
@@ -1579,12 +1579,12 @@ def message_item(item: Field) -> Messages:
 
 def call_item(item: Field) -> Messages:
     id = item.need("call_id", str)
-    name = spaced(item.get("namespace", str), item.need("name", str))
+    name = qualified(item.get("namespace", str), item.need("name", str))
     if item.value.get("type") == "custom_tool_call":
         arguments = {"input": item.need("input", str)}
         call = item.body.history.add_call(id or name, name, arguments)
     else:
-        call = earlier_call(item, name, id)
+        call = add_earlier_call(item, name, id)
     yield message_of("assistant", [("tool_calls", call)])
 
 
@@ -1623,7 +1623,7 @@ RESPONSES_PARTS: PartReaders = {
 TOOL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}
 
 
-def spaced(space: Optional[str], name: str) -> str:
+def qualified(space: Optional[str], name: str) -> str:
     """Return the name by which the model knows a tool of a namespace."""
     if not space or name.startswith(space + "."):
         return name
@@ -1640,7 +1640,7 @@ def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
             tool_type = field.need("type", str)
             if tool_type == "namespace":
                 field.need("tools", list)
-                read(field, spaced(space, field.need("name", str)))
+                read(field, qualified(space, field.need("name", str)))
             elif tool_type in TOOL_ITEMS:
                 add(TOOL_ITEMS[tool_type], field, space)
             else:  # OpenAI's own
@@ -1649,7 +1649,7 @@ def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
     def add(item_type: str, field: Field, space: str) -> None:
         custom = item_type == "custom_tool_call"
         tool = custom_tool(field) if custom else tool_of(field, "parameters")
-        name = spaced(space, tool.name)
+        name = qualified(space, tool.name)
         tools.append(tool._replace(name=name))
         tool_items[name] = {"type": item_type, "name": tool.name}
         if space:
@@ -1699,7 +1699,7 @@ def responses_end(output: List[JSON], finish: Finish) -> JSON:
 
 
 def responses_item(question: ResponsesQuestion, kind: type, parts: List[Any]) -> JSON:
-    """Return the output item of a group of events; of none, the beginning of a text."""
+    """Return the output item of a run of events; of no events, an empty one to start with."""
     if kind is ToolCall:
         return responses_call(question, parts[0])
     text = "".join(part.text for part in parts)
@@ -1729,10 +1729,10 @@ def responses_call(question: ResponsesQuestion, call: ToolCall) -> JSON:
 # failure but response.failed. So this stream makes its own pings, and words its failure.
 
 class TextFrames(NamedTuple):
-    key: str  # of the item's parts
-    part: str  # frames of a part
-    text: str  # frames of its text
-    extra: JSON  # more fields for those
+    key: str  # of the item's list of parts
+    part: str  # begins the names of a part's frames
+    text: str  # begins the names of its text's frames
+    extra: JSON  # more fields for the frames of a text
 
 
 TEXT_FRAMES = {
@@ -1828,21 +1828,21 @@ class ResponseStream:
 
 # ---- Models and health ---------------------------------------------------------------------------
 # One model object satisfies both SDKs. Anthropic's needs has_more: false, or it asks without
-# end; OpenAI's clients break on `data: null`. Ollama reports window and abilities since 0.30.
-# `codex --oss` looks for Ollama itself first: its own answers are passed on.
+# end; OpenAI's clients break on `data: null`. Ollama lists window and abilities from 0.30 on.
+# `codex --oss` looks for Ollama itself first: it gets Ollama's own answers.
 
-def list_models(context: Context) -> Answer:
+def list_models(context: Context) -> Reply:
     """Answer GET /v1/models with all models, whatever page a client asks for."""
     data = [model_object(model) for model in context.ollama.installed()]
-    return Answer({
+    return Reply({
         "object": "list", "data": data, "has_more": False,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None})
 
 
-def get_model(context: Context) -> Answer:
+def get_model(context: Context) -> Reply:
     name = context.request.argument
-    return Answer({**model_object(context.ollama.find_model(name)), "id": name})
+    return Reply({**model_object(context.ollama.find_model(name)), "id": name})
 
 
 def model_object(model: JSON) -> JSON:
@@ -1876,27 +1876,27 @@ def timestamp(text: str) -> datetime:
         return datetime.fromtimestamp(0, timezone.utc)
 
 
-def get_health(context: Context) -> Answer:
+def get_health(context: Context) -> Reply:
     """Answer GET /health, within two seconds: 200 if Ollama answers, else 503."""
     config = context.server.config
     found: JSON = {"status": "ok", "ollama": config.ollama}
     try:
         answer = context.ollama.get("/api/version", config.health_seconds)
     except APIError as error:
-        return Answer({**found, "status": "unavailable", "error": error.message}, 503)
-    return Answer({**found, "version": answer.get("version")})
+        return Reply({**found, "status": "unavailable", "error": error.message}, 503)
+    return Reply({**found, "version": answer.get("version")})
 
 
-def get_root(context: Context) -> Answer:
-    return Answer({
+def get_root(context: Context) -> Reply:
+    return Reply({
         "name": "ollama_api.py", "version": __version__,
         "ollama": context.server.config.ollama,
         "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
 
 
-def pass_on(path: str) -> Callable[[Context], Answer]:
+def pass_on(path: str) -> Callable[[Context], Reply]:
     """Return an endpoint that gives Ollama's own answer to GET `path`."""
-    return lambda context: Answer(context.ollama.get(path))
+    return lambda context: Reply(context.ollama.get(path))
 
 
 # ---- Routes --------------------------------------------------------------------------------------
@@ -1910,7 +1910,7 @@ Wording = Callable[[APIError, str], JSON]  # (error, request id) -> error object
 class Route(NamedTuple):
     method: str
     path: str
-    endpoint: Callable[[Context], Answer]
+    endpoint: Callable[[Context], Reply]
     error: Optional[Wording] = None  # None: see wording_for
 
 
@@ -1966,7 +1966,7 @@ def find_route(request: Request) -> Tuple[Route, str]:
 
 
 def wording_for(request: Request) -> Wording:
-    """Return how errors are worded, on any path."""
+    """Return the function that words errors for a request, whatever its path."""
     for route, _ in routes_for(request.path):
         if route.error:
             return route.error
@@ -1979,7 +1979,7 @@ def wording_for(request: Request) -> Wording:
 # A dialect hands its tools to `choose`, and gets ToolCall events. Ollama has no tool_choice,
 # and never calls a tool if it is given a `format`. So a forced call, or a choice between
 # tools and a schema, becomes a `format` itself: it binds the answer of any model to JSON,
-# which becomes a call or a text here. What the model is told stands first.
+# which becomes a call or a text here. First, the texts that tell the model what to write.
 
 CALL_ONE = "Call the tool {}: answer with the JSON object of its arguments, and nothing else: {}"
 CALL_ANY = ('Call one of these tools: answer with a JSON object of its "name" and "parameters", '
@@ -2018,7 +2018,7 @@ def tool_name(tool: Field) -> str:
 def choose(question: Question, mode: str, tools: Sequence[Tool], schema: Optional[Field],
            thoughts: Field) -> None:
     """Offer the tools as `mode` says (none, auto or required), and bind the answer to `schema`.
-    A required call leaves no room for a schema, or for the thoughts of the field `thoughts`."""
+    A required call leaves no room for a schema, or for what the field `thoughts` asks for."""
     tools = [] if mode == "none" else tools
     if mode == "required":
         if question.body.get("think"):
@@ -2035,7 +2035,7 @@ def choose(question: Question, mode: str, tools: Sequence[Tool], schema: Optiona
 
 def bind(question: Question, tools: Sequence[Tool], schema: Optional[Field]) -> None:
     """Bind the answer to a call of one of the tools, to the schema, or to either of them.
-    The system prompt says the same in words, because Ollama does not tell the model."""
+    The system prompt says the same in words: Ollama does not show the model its `format`."""
     reducer = SchemaReducer()
     if schema is not None and not tools:
         form, words = reducer.read(schema), ANSWER.format(plain_json(schema.value))
@@ -2076,7 +2076,7 @@ def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
 
 def object_schema(**properties: JSON) -> JSON:
     """Return the schema of an object with exactly these properties. Pass them in alphabetical
-    order: the native path generates them so since 0.30, and the name must come first."""
+    order: since 0.30 Ollama generates them so for some models, and the name must come first."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -2094,7 +2094,7 @@ def read_choice(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
 # Ollama turns `format` into a grammar, and some JSON schemas stop its runner, hang a model, or
 # end the whole process, for everybody. So no client's schema reaches it: SchemaReducer builds
 # a new one from the keywords that all releases accept, and reports what it leaves out.
-# tool_schema does the same for `tools`, of which Ollama reads even less.
+# tool_schema does this for `tools`, of which Ollama reads even less, and reports nothing.
 
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
@@ -2102,23 +2102,15 @@ SCHEMA_SHAPES = ("$ref", "const", "enum", "properties", "anyOf", "oneOf", "allOf
 SCHEMA_NOTES = {
     "title", "description", "default", "example", "examples", "deprecated", "readOnly",
     "writeOnly", "$schema", "$id", "$comment", "$defs", "definitions"}
-SCHEMA_ITEMS = (0, 64)  # 10,000 kill 0.20
+SCHEMA_ITEMS = (0, 64)  # 10,000 end Ollama 0.20
 SCHEMA_INTEGERS = (1 - 2**31, 2**31 - 1)
 SCHEMA_LEVELS = 60
 SCHEMA_DEFINITIONS = 1000
-Reduced = Optional[JSON]  # a keyword's part of the new schema; None: it is left out
-
-
-def grammar_schema(schema: Any, path: str) -> Tuple[JSON, List[str]]:
-    """Turn a JSON Schema (2020-12 or draft 7) into one for `format`; also return the paths of
-    what was left out. `path` is where it stands. 400 if it is malformed, too deep or endless."""
-    body = Body({path: schema}, Config())
-    reducer = SchemaReducer()
-    return reducer.finish(reducer.read(body.at(path))), body.ignored
+Reduced = Optional[JSON]  # a keyword's part of the new schema; None: left out and reported
 
 
 class Schema(Field):
-    """Hold a part of a client's schema, and the whole, in which references lead."""
+    """Hold a part of a client's schema, and the whole schema, which its references point into."""
     __slots__ = "level", "whole"
 
     def __init__(self, value: Any, parent: Optional[Field], name: Union[str, int],
@@ -2159,13 +2151,13 @@ class SchemaReducer:
             "minimum": self.read_bound, "maximum": self.read_bound}
 
     def read(self, schema: Field) -> JSON:
-        """Reduce a client's whole schema."""
+        """Reduce a whole JSON Schema (2020-12 or draft 7); 400 if it is malformed or too deep."""
         value = schema.value
         self.budget += 8 * len(plain_json(value)) + 2000
         return self.reduce(Schema(value, schema.parent, schema.name, value))
 
     def finish(self, schema: JSON) -> JSON:
-        """Return `schema` with the definitions that it needs; 400 if one leads back to itself."""
+        """Build what waits, and return `schema` with it; 400 if a definition begins with itself."""
         built: Dict[str, JSON] = {}
         sources: Dict[str, Schema] = {}
         while self.waiting:
@@ -2188,7 +2180,7 @@ class SchemaReducer:
 
     def reduce(self, schema: Schema) -> JSON:
         """Return the keywords that are known and harmless, and report the others. Of several
-        SCHEMA_SHAPES, Ollama would look at one alone: here it is the first that says something."""
+        SCHEMA_SHAPES, Ollama would look at one alone: here it is the first that is not {}."""
         if isinstance(schema.value, bool):
             if not schema.value:
                 schema.ignore()
@@ -2279,7 +2271,7 @@ class SchemaReducer:
         return {"anyOf": self.members(at)}
 
     def read_all_of(self, at: Schema) -> Reduced:
-        """Merge as Ollama does: objects only. One alone may be of any type, as in pydantic 1."""
+        """Leave the merging to Ollama, which merges objects. One alone needs none (pydantic 1)."""
         members = [member for member in self.members(at) if member]
         if len(members) == 1 and at.beside("properties") is None:
             return members[0]
@@ -2292,7 +2284,7 @@ class SchemaReducer:
         return [self.reduce(at.member(value, index)) for index, value in enumerate(values)]
 
     def read_bound(self, at: Schema) -> Reduced:
-        """Keep a bound if it and its partner are numbers that all releases can work with."""
+        """Keep an integer bound that fits all releases, unless its partner contradicts it."""
         of_items = at.name in ("minItems", "maxItems")
         least, most = SCHEMA_ITEMS if of_items else SCHEMA_INTEGERS
         names = ("minItems", "maxItems") if of_items else ("minimum", "maximum")
@@ -2320,7 +2312,7 @@ class SchemaReducer:
 
 
 def direct_references(schema: JSON) -> Iterator[str]:
-    """Yield the definitions reached before any character is written (left recursion)."""
+    """Yield the definitions that a schema may begin with: a loop of these is left recursion."""
     if "$ref" in schema:
         yield schema["$ref"].rpartition("/")[2]
     for member in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
@@ -2342,22 +2334,22 @@ def pointed_at(whole: Any, pointer: str) -> Any:
 
 
 def tool_schema(schema: JSON) -> JSON:
-    """Return what Ollama reads of a tool's schema, in its order: another costs the KV cache."""
+    """Return what Ollama reads of a tool's schema. Names keep their order, for its KV cache."""
     found = SchemaNarrower(schema).narrow(schema)
     kept: JSON = {word: found[word] for word in ("properties", "required") if word in found}
     return {"type": "object", "properties": {}, **kept}
 
 
 class SchemaNarrower:
-    """Keep what Ollama reads of one tool's schema, references resolved: it drops them."""
+    """Keep what Ollama reads of one tool's schema. References are resolved: Ollama drops them."""
 
     def __init__(self, whole: JSON) -> None:
         self.whole = whole
         self.budget = 8 * len(plain_json(whole)) + 2000  # bytes left to spend
 
     def narrow(self, schema: Any, within: Tuple[str, ...] = ()) -> JSON:
-        """Return one part. `within` has the references and steps that led here.
-        Repeated references could blow it up: what exceeds the budget is left out."""
+        """Return what Ollama reads of one part, to which the references and steps in `within` led.
+        Repeated references could make it huge: what exceeds the budget is left out."""
         kept: JSON = {}
         self.budget -= 20  # a part's own cost
         for word, value in schema.items() if isinstance(schema, dict) else ():
@@ -2365,13 +2357,13 @@ class SchemaNarrower:
             if self.budget < 0 or len(within) > SCHEMA_LEVELS:
                 break
             for found in self.narrow_word(word, value, within):
-                if word == "allOf":  # merging costs this for each of its parts
+                if word == "allOf":  # for each of its parts, `merged` copies all that is kept
                     self.budget -= sum(map(len, kept.values()))
                 kept = merged(kept, found)
         return kept
 
     def narrow_word(self, word: str, value: Any, within: Tuple[str, ...]) -> Iterator[JSON]:
-        """Yield what a keyword stands for: several schemas for allOf, mostly one."""
+        """Yield what a keyword stands for: several schemas for allOf, otherwise at most one."""
         deeper = (*within, "")
         if word == "$ref" and isinstance(value, str):
             if value not in within:
@@ -2408,7 +2400,7 @@ def narrow_value(word: str, value: Any) -> JSON:
 
 
 def merged(one: JSON, two: JSON) -> JSON:
-    """Return the conjunction of two schemas, as far as Ollama reads them."""
+    """Return both schemas as one. `two` wins, but properties and required names are joined."""
     both = {**one, **two}
     if "properties" in one and "properties" in two:
         both["properties"] = {**one["properties"], **two["properties"]}
@@ -2420,17 +2412,17 @@ def merged(one: JSON, two: JSON) -> JSON:
 
 # ---- Asking Ollama -------------------------------------------------------------------------------
 # One address is asked, and no other: no proxies, no redirects. Answers are always streamed, even
-# if the client wants one JSON object: there is one path on which to fail, wait and cancel.
+# if the client wants one JSON object: so failing, waiting and cancelling work in one way only.
 # `truncate: false` makes an overflow an error: by default Ollama drops messages silently.
 
 class Ollama(contextlib.ExitStack):
-    """Ask Ollama on behalf of one request. Leaving this context closes all connections that
-    were opened, whatever iterators over them are still alive."""
+    """Ask Ollama on behalf of one request. At the end of its `with` block, all connections that
+    were opened are closed, even if iterators over them are still alive."""
 
     def __init__(self, server: Server, client: Client) -> None:
         super().__init__()
         self.config, self.rates, self.client = server.config, server.rates, client
-        self.first_at = 0.0  # for the log
+        self.first_at = 0.0  # of the first token
         self.finish: Optional[Finish] = None  # how it ended, for the log
 
     def events(self, asked: Question) -> Events:
@@ -2461,7 +2453,7 @@ class Ollama(contextlib.ExitStack):
         raise self.missing(name)
 
     def get(self, path: str, seconds: float = 0, body: Optional[JSON] = None) -> JSON:
-        """Return a small JSON object, if it comes within `seconds` or ask_seconds."""
+        """Return a small JSON object, asked for by POST if there is a `body`. 504 if it is late."""
         response = self.open(path, body, seconds or self.config.ask_seconds)
         return parse_object(read_all(response, self.config.line_bytes))
 
@@ -2520,8 +2512,8 @@ class Ollama(contextlib.ExitStack):
             param="model", code="model_not_found")
 
     def with_numbers(self, error: PromptTooLong, body: JSON) -> PromptTooLong:
-        """Fill in the numbers that Ollama up to 0.29 leaves out."""
-        if error.context:
+        """Return the error with the numbers, which Ollama up to 0.29 leaves out."""
+        if error.window:
             return error
         window = body["options"].get("num_ctx")
         if not isinstance(window, int):
@@ -2533,7 +2525,7 @@ class Ollama(contextlib.ExitStack):
 
     def open(self, path: str, body: Optional[JSON] = None,
              seconds: float = float("inf")) -> Response:
-        """Send a request, and wait for the head of Ollama's answer. Fail if it is no 200."""
+        """Send a request, and return Ollama's answer once its head is here. Fail if not 200."""
         give_up = time.monotonic() + seconds
 
         def watch(sock: socket.socket) -> UpstreamSocket:
@@ -2554,7 +2546,7 @@ class Ollama(contextlib.ExitStack):
         except (OSError, http.client.HTTPException) as error:
             raise broken_answer(error) from error
 
-        self.callback(response.close)  # before its socket, or it complains (3.13)
+        self.callback(response.close)  # runs before upstream.close, or Python 3.13 complains
         if response.status != 200:
             text = read_all(response, self.config.line_bytes).decode("utf-8", "replace")
             raise refused(response.status, text)
@@ -2578,7 +2570,7 @@ def models_in(answer: JSON) -> List[JSON]:
 
 
 # The first pattern found in the text of an error gives its status and code for the client. Some
-# releases send 500 for what is wrong in the request; before 0.12.6 all errors came with 200.
+# releases send 500 for what is wrong in the request; before 0.12.6 a stream's errors had a 200.
 REFUSALS = tuple((re.compile(pattern), status, code) for pattern, status, code in (
     (r"exceeds? .*context (length|size)|longer than the context",
      400, "context_length_exceeded"),
@@ -2590,8 +2582,8 @@ REFUSALS = tuple((re.compile(pattern), status, code) for pattern, status, code i
 
 
 def refused(status: int, text: str) -> APIError:
-    """Return the error for the client if Ollama answers with `status` and `text`. 4xx keep
-    their status; other 5xx become 502, because Codex hides the text of a 500."""
+    """Return the error for the client if Ollama answers with `status` and `text`. 4xx and 503 stay,
+    501 becomes 400, all others 502: Codex hides the text of a 500."""
     found = innermost_error(text)
     message = (ollama_field(found, "message", "") or f"Ollama answered {status} without a message")
     meanings = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
@@ -2665,7 +2657,7 @@ class TokenRates:
 
 
 def prompt_bytes(body: Prompt) -> int:
-    """Return the bytes of what the model reads, and four per message for its template."""
+    """Return how many bytes the model reads, plus four per message for its template."""
     messages = body.get("messages", ())
     texts = [body.get("prompt", ""), body.get("suffix", ""), *list_of(body.get("input", ""))]
     texts += map(plain_json, body.get("tools", ()))
@@ -2701,7 +2693,7 @@ def events_of(chunks: Iterator[JSON]) -> Events:
             yield from held
             yield finish
             return
-    # Up to 0.32, Ollama ends so after 30 equal tokens in a row.
+    # Up to 0.32, Ollama breaks off like this after 30 equal tokens in a row.
     raise broken_answer("it ended without saying that it was done")
 
 
@@ -2731,7 +2723,7 @@ def tool_call(value: JSON, arguments: str) -> ToolCall:
 
 
 def finish_of(chunk: JSON, called: bool) -> Finish:
-    """Return the Finish in the last chunk. load and unload are no answer to a question."""
+    """Return the Finish in the last chunk. The reasons load and unload answer no question."""
     reason = ollama_field(chunk, "done_reason", "") or "stop"
     if reason not in ("stop", "length"):
         raise broken_answer(f"done_reason is {dumps(reason)[:80]}")
@@ -2746,7 +2738,7 @@ def finish_of(chunk: JSON, called: bool) -> Finish:
 
 
 def ollama_field(owner: JSON, name: str, otherwise: T) -> T:
-    """Return a field that Ollama sent: `otherwise` if absent, and it must be of that type."""
+    """Return a field that Ollama sent, of the same type as `otherwise`; that if it is absent."""
     value = owner.get(name)
     if value is None:
         return otherwise
@@ -2802,7 +2794,7 @@ def parse_object(data: bytes) -> JSON:
 
 
 def read_as(question: Question, events: Events, depth: int) -> Events:
-    """Return the events as the request wants them read. `depth`: of JSON in the answer."""
+    """Return the events, filtered as the request needs. JSON in the answer may nest to `depth`."""
     if "tools" in question.body:
         events = none_lost(events)
     if question.decode:
@@ -2853,20 +2845,20 @@ def decoded(events: Events, decode: Decode, prefill: str, depth: int) -> Events:
 
 
 def bound_object(text: str, prefill: str, depth: int) -> JSON:
-    """Return the object that an answer is, with or without the prefill before it."""
+    """Return the object that an answer holds. The answer may begin with the prefill again."""
     candidates = [text]
     if prefill and text.startswith(prefill):
         candidates.append(text[len(prefill):])
-    problem = "no JSON"
+    problem = ""
     for candidate in candidates:
         try:
             value = strict_json(candidate.encode("utf-8", "surrogatepass"), depth)
         except ValueError as error:
-            problem = str(error)
+            problem = f", {error}"
             continue
         if isinstance(value, dict):
             return value
-    raise broken_answer(f"not a JSON object: {text[:80]!r}, {problem}")
+    raise broken_answer(f"not a JSON object: {text[:80]!r}{problem}")
 
 
 def first_call(events: Events) -> Events:
@@ -2878,7 +2870,7 @@ def first_call(events: Events) -> Events:
 
 
 def unrepeated(events: Events, prefill: str) -> Events:
-    """Drop the prefill from an answer that repeats it (the native path, since 0.30)."""
+    """Drop the prefill from an answer that repeats it, as some models do since Ollama 0.30."""
     held = Text("")
     for event in events:
         if isinstance(event, Text):
@@ -2887,7 +2879,7 @@ def unrepeated(events: Events, prefill: str) -> Events:
                 continue
             repeated = prefill and held.text.startswith(prefill)
             event = held.split(len(prefill))[1] if repeated else held
-            prefill, held = "", Text("")
+            prefill, held = "", Text("")  # decided: all that follows goes through
         elif held.text:
             yield held
             prefill, held = "", Text("")
@@ -2897,9 +2889,9 @@ def unrepeated(events: Events, prefill: str) -> Events:
 
 def until_stop(events: Events, stops: Sequence[str], prompt_tokens: int) -> Events:
     """Cut the text at the first complete stop text, and say which it was: Ollama never says. Text
-    that may start one is held back. The counts are our estimate and the number of chunks."""
+    that may start one is held back. The counts are our estimate and the number of events."""
     held = Text("")
-    for chunks, event in enumerate(events, 1):
+    for count, event in enumerate(events, 1):
         if not isinstance(event, Text):
             if held != Text(""):
                 yield held
@@ -2912,7 +2904,7 @@ def until_stop(events: Events, stops: Sequence[str], prompt_tokens: int) -> Even
             ready, held = held.split(start)
             yield ready
         if stop is not None:
-            yield Finish("stop_sequence", prompt_tokens, chunks, stop)
+            yield Finish("stop_sequence", prompt_tokens, count, stop)
             return
 
 
@@ -2935,7 +2927,7 @@ def find_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
 # then watches both sockets: Ollama may send, the client may leave, a ping may fall due.
 
 class Client:
-    """Stand for whom Ollama is asked. This one is nobody: never leaves, and needs nothing."""
+    """Stand for the client on whose behalf we ask Ollama. This one never leaves, needs nothing."""
     sock: Optional[socket.socket] = None
     quiet_since = float("inf")  # when it was last sent something, or pinged
 
@@ -2946,7 +2938,7 @@ class Client:
         """Show that the answer is worked on."""
 
     def take_early(self) -> bool:
-        """Take what it sends before it is asked to; False if that is enough."""
+        """Take what it sends while it waits for its reply; False if no more should be taken."""
         return False
 
 
@@ -2956,8 +2948,8 @@ Watch = Callable[[socket.socket], "UpstreamSocket"]
 
 
 def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) -> T:
-    """Return the result of a call on a non-blocking socket; `wait` for `event` as needed. (One
-    with a timeout asks before each call whether it is ready: twice the calls per token.)"""
+    """Return the result of a call on a non-blocking socket; `wait` for `event` as needed. (A socket
+    with a timeout polls before each call, even if it is ready: twice the calls per token.)"""
     while True:
         try:
             return act()
@@ -3002,7 +2994,7 @@ class Upstream(io.RawIOBase):
         return when_ready(receive, self.wait, selectors.EVENT_READ)
 
     def wait(self, event: int) -> None:
-        """Return when Ollama has sent something, or accepts more. Serve the client meanwhile."""
+        """Wait until Ollama has sent something, or accepts more. Serve the client meanwhile."""
         self.client.flush()
         self.selector.modify(self.sock, event)
         while True:
@@ -3030,17 +3022,17 @@ class Upstream(io.RawIOBase):
 
 class UpstreamSocket:
     """Stand in for the socket of http.client. `close` does nothing: urllib calls it as soon as
-    it has the head, and to half-close would tell Ollama that we left."""
+    it has the head, and even to half-close would tell Ollama that we left."""
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.request = bytearray()
 
     def sendall(self, data: bytes) -> None:
-        self.request += data  # the head comes first, and by itself
+        self.request += data  # http.client sends the head by itself first; we send all at once
 
     def send_request(self) -> None:
-        """Send it. If Ollama cuts it off, its answer may say why: reading will tell."""
+        """Send the request. If Ollama breaks it off, its answer may say why: we still read that."""
         with contextlib.suppress(ConnectionError):
             send_all(self.upstream.sock, self.request, self.upstream.wait)
 
@@ -3123,7 +3115,7 @@ class Incoming:
         self.sock = sock
         self.buffer = bytearray()
         self.deadline = 0.0
-        self.rate = float("inf")  # bytes that add a second to it
+        self.rate = float("inf")  # bytes that move the deadline by a second
 
     def set_deadline(self, seconds: float, rate: float = float("inf")) -> None:
         self.deadline = time.monotonic() + seconds
@@ -3184,7 +3176,7 @@ class Incoming:
         while True:
             end = self.buffer.find(mark, start)
             if (end if end >= 0 else len(self.buffer) - len(mark)) > limit:
-                raise APIError(431, "The head of the request is too large.")
+                raise APIError(431, "The head of the request, or a line in its body, is too large.")
             if end >= 0:
                 return self.read_exactly(end + len(mark))[:end]
             if BARE_LF.search(self.buffer, start):  # `mark` may never come
@@ -3208,7 +3200,7 @@ def read_head(incoming: Incoming, config: Config) -> Request:
     headers = read_fields(fields)
     if "host" not in headers and version == "1.1":
         raise APIError(400, "The Host header is missing.")
-    if authority:  # RFC 9112, 3.2.2: it goes before the header
+    if authority:  # RFC 9112, 3.2.2: it overrides the Host header
         headers["host"] = authority
     return Request(method, target.partition("?")[0], headers, version)
 
@@ -3230,8 +3222,9 @@ def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:
 
 def body_length(request: Request) -> Optional[int]:
     """Return how many bytes of body follow the head; None if the body comes in chunks."""
-    coding = request.headers.get("transfer-encoding")
-    length = request.headers.get("content-length")
+    headers = request.headers
+    coding = headers.get("transfer-encoding")
+    length = headers.get("content-length")
     if coding is None:
         length = "0" if length is None else length
         if not re.fullmatch("[0-9]{1,18}", length):
@@ -3276,7 +3269,7 @@ def check_size(n: int, config: Config) -> None:
 
 
 def linger(sock: socket.socket, config: Config) -> None:
-    """Close so that a refusal arrives: to close over unread bytes would reset the connection."""
+    """Half-close and read on, so a refusal arrives: to close over unread bytes would reset it."""
     incoming = Incoming(sock)
     with contextlib.suppress(OSError, APIError, ClientLeft):
         sock.shutdown(socket.SHUT_WR)
@@ -3306,7 +3299,7 @@ def admit(request: Request, config: Config) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a hostname or address, with or without a port, is this machine's own."""
+    """Return whether a hostname or address, with or without a port, is a loopback one."""
     name = host
     if host.count(":") == 1 or "]" in host:
         name = re.sub(r":[0-9]*$", "", host)
@@ -3434,18 +3427,18 @@ class Exchange(Client):
 
     def serve(self, route: Route, request: Request, body: Body) -> None:
         with Ollama(self.server, self) as self.ollama:
-            answer = route.endpoint(Context(request, body, self.ollama, self.server))
+            reply = route.endpoint(Context(request, body, self.ollama, self.server))
             if body.ignored:  # clients choose the names: some are unfit for a header
                 fit = {name if re.fullmatch(r"[\w.$-]{1,199}", name, re.ASCII) else "?"
                        for name in body.ignored}
                 self.extra["x-ignored-fields"] = ", ".join(sorted(fit))
-            if isinstance(answer.content, dict):
-                self.send_json(answer)
+            if isinstance(reply.content, dict):
+                self.send_json(reply)
             else:
-                self.send_stream(answer, request.version != "1.0")
+                self.send_stream(reply, request.version != "1.0")
 
     def fail(self, error: APIError) -> None:
-        """Tell the client: as an HTTP status if the head is not out, else as the last frame."""
+        """Tell the client: by an HTTP status if no frame is ready yet, else as the last frame."""
         content = self.wording(error, self.id)
         if self.status or self.pending:
             self.pending.append(sse(content))
@@ -3457,24 +3450,24 @@ class Exchange(Client):
             self.extra["retry-after"] = str(error.retry_after)
         if error.status == 405 and self.request:
             self.extra["allow"] = allowed_methods(self.request.path)
-        self.send_json(Answer(content, error.status))
+        self.send_json(Reply(content, error.status))
 
-    def send_json(self, answer: Answer) -> None:
-        data = (dumps(answer.content) + "\n").encode()
-        head = self.begin(answer.status, {
-            "content-type": answer.content_type, "content-length": str(len(data))})
+    def send_json(self, reply: Reply) -> None:
+        data = (dumps(reply.content) + "\n").encode()
+        head = self.begin(reply.status, {
+            "content-type": reply.content_type, "content-length": str(len(data))})
         if self.request and self.request.method == "HEAD":
             data = b""
         self.write(head + data)  # in one send
 
-    def send_stream(self, answer: Answer, chunked: bool) -> None:
-        """Send pending frames, as one chunk, when we would wait for Ollama, or when there are 256:
+    def send_stream(self, reply: Reply, chunked: bool) -> None:
+        """Send pending frames, as one HTTP chunk, when we would wait for Ollama, or at 256 of them:
         a slow client must not fill the memory. HTTP/1.0 has no chunks."""
-        self.pings = answer.pings
-        self.stream_fields = {"content-type": answer.content_type, "cache-control": "no-cache"}
+        self.pings = reply.pings
+        self.stream_fields = {"content-type": reply.content_type, "cache-control": "no-cache"}
         if chunked:
             self.stream_fields["transfer-encoding"] = "chunked"
-        for frame in answer.content:
+        for frame in reply.content:
             self.pending.append(frame)  # type: ignore[arg-type]
             if len(self.pending) >= 256:
                 self.flush()
@@ -3485,7 +3478,7 @@ class Exchange(Client):
             self.send_pending(end=False)
 
     def send_pending(self, end: bool) -> None:
-        """Send the pending frames, after the head if it is not out, and the stream's end."""
+        """Send the head if it is not out, the pending frames, and, if `end`, the stream's end."""
         chunked = "transfer-encoding" in self.stream_fields
         data = b"".join(self.pending)
         self.pending.clear()
@@ -3593,7 +3586,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Listen; keep what outlives requests."""
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = os.name != "nt"  # there, two servers could share a port
+    allow_reuse_address = os.name != "nt"  # on Windows, two servers could share a port
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -3636,7 +3629,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Accept all waiting connections: serve_forever takes one per round, and at each of its
-        calls another thread may take the interpreter. (The last of 200: 0.4 s, not 0.7.)"""
+        calls another thread may take the interpreter. (The last of 200 waits 0.4 s, not 0.7.)"""
         with contextlib.suppress(OSError):  # BlockingIOError: nobody waits
             for _ in range(self.config.backlog):
                 self.process_request(*self.get_request())
@@ -3692,7 +3685,7 @@ def tls_context(config: Config) -> Optional[ssl.SSLContext]:
 
 # ---- The demo ------------------------------------------------------------------------------------
 # `--demo` starts a stand-in for Ollama on a free port of this machine, so the whole real path
-# runs. It speaks the native wire as 0.32 does, and says what it is.
+# runs. It speaks Ollama's own API as 0.32 does, and says what it is.
 
 class DemoOllama(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -3715,7 +3708,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
         self.send(200, lines[self.path](body))
 
     def chat_lines(self, body: JSON) -> Iterator[JSON]:
-        """Yield an answer word by word; or a call of the first tool to a user who says "tool"."""
+        """Yield an answer word by word, or a call of the first tool if the user says "tool"."""
         last = body["messages"][-1]
         text = f"This is a demo: no model is running. You said: {last['content']}"
         if "format" in body:
@@ -3764,7 +3757,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 
 
 def sample(schema: JSON, definitions: JSON, level: int = 0) -> Any:
-    """Return a small example value for a schema. Bounds are ignored, endless ones cut off."""
+    """Return a small example value for a schema. Only the bound minimum counts; loops are cut."""
     if "$ref" in schema and level < 4:
         name = schema["$ref"].rpartition("/")[2]
         return sample(definitions[name], definitions, level + 1)
@@ -3794,10 +3787,10 @@ def start_demo(config: Config) -> Config:
 # command line overrides the environment, and the environment overrides the default. In a
 # variable, the values of a repeatable option are separated by commas.
 
-EPILOG = """Each option is an environment variable too: OLLAMA_API_PORT for --port, and so on; but
+EPILOG = """Each option has an environment variable: OLLAMA_API_PORT for --port, and so on; but
 OLLAMA_HOST for --ollama, and OLLAMA_API_SERVER_KEY for --api-key. Several values are separated by
 commas; 1, true, yes and on turn a switch on. The command line overrides the environment.
-OLLAMA_API_KEY is the key for an Ollama behind https."""
+OLLAMA_API_KEY is the key that is sent to Ollama, over https only."""
 OPTIONS = {"--" + field.name.replace("_", "-"): field
            for field in dataclasses.fields(Config) if "meaning" in field.metadata}
 
@@ -3910,7 +3903,7 @@ def banner(server: Server) -> str:
 
 
 def allow_many_sockets() -> None:
-    """Raise this process's own limit of open files: 256 on macOS, 1,024 on most Linux."""
+    """Raise this process's own limit on open files, by default 256 on macOS, 1,024 on Linux."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3920,11 +3913,11 @@ def allow_many_sockets() -> None:
 
 
 def serve_until_signal(server: Server) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let running requests finish; a second one ends at once.
-    In serve_forever the exception would hit a new connection. No signal ends a long sleep."""
+    """Serve until SIGTERM or Ctrl-C, then let running requests finish. A second signal ends them.
+    In serve_forever the exception would hit a new connection. A long sleep could miss a signal."""
     try:
         threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT, unless ignored
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
         put("stdout", banner(server))
         while True:
             time.sleep(0.2)

@@ -3,14 +3,16 @@
 
     python test_ollama_api.py                 all tests; those of clients where they are installed
     python test_ollama_api.py NAME ...        some of them, as unittest names them
-    python test_ollama_api.py --live [URL]    three checks of a running server with a real Ollama
+    python test_ollama_api.py --live [URL [MODEL]]
+                                              three checks of a running server with a real Ollama
 
-No Ollama is needed. A scripted one answers with the lines that real releases (0.12.11 to 0.32.15)
-sent when they were recorded. Most tests are conversations: what a client sends, what Ollama is
-asked, what Ollama answers, what the client gets.
+No Ollama is needed. A scripted one answers with lines as real releases (0.12.11 to 0.32.15) send
+them. Most tests are conversations: what a client sends, what Ollama is asked, what Ollama answers,
+what the client gets.
 
 After the scripted Ollama, the runner and the clients, this file has the sections of ollama_api.py
-in the same order. Where CI is set, an SDK that is missing is a failure and not a skip.
+in the same order (but Configuration), then HAProxy, programs built on the SDKs, and the file itself.
+A test whose SDK or program is missing is skipped; where CI is set, it fails.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ PATIENCE = 10.0     # seconds: the end of every wait for something that should h
 
 
 # ---- The scripted Ollama -------------------------------------------------------------------------
-# Speaks the native wire as it was recorded. A test queues one Script for each POST that it expects.
-# What a script waits for is an Event, so that no test guesses at times.
+# Speaks Ollama's own API. A test queues one Script for each POST that it expects. A script waits for
+# an Event, so that no test has to sleep until something has happened.
 
 CUT = "CUT"         # a step: close the connection in the middle of the answer
 RESET = "RESET"     # a step: the same with a TCP reset
@@ -165,8 +167,9 @@ class ScriptedHandler(http.server.BaseHTTPRequestHandler):
         data = json.dumps(found).encode() if found else b"404 page not found"
         self.send_response(200 if found else 404)
         self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):
+            self.end_headers()
+            self.wfile.write(data)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -237,6 +240,12 @@ class PatientCase(unittest.TestCase):
             time.sleep(0.001)
         self.assertTrue(condition())
 
+    def scripted(self) -> ScriptedOllama:
+        ollama = ScriptedOllama()
+        self.addCleanup(ollama.server_close)
+        self.addCleanup(ollama.shutdown)
+        return ollama
+
     def fail(self, msg: Any = None) -> NoReturn:
         raise self.failureException(shortened(str(msg)))
 
@@ -253,9 +262,7 @@ class ServerCase(PatientCase):
     def setUp(self) -> None:
         del LOG[:]
         self.enter(mock.patch.object(ollama_api, "log", LOG.append))
-        self.ollama = ScriptedOllama()
-        self.addCleanup(self.ollama.server_close)
-        self.addCleanup(self.ollama.shutdown)
+        self.ollama = self.scripted()
         self.server = self.serve(**self.settings)
         self.port = self.server.server_address[1]
 
@@ -301,8 +308,10 @@ class ServerCase(PatientCase):
 
         Parts begin in the first column: `client sends METHOD PATH`, `ollama is asked METHOD
         PATH`, `ollama answers STATUS`, `client gets STATUS TYPE`; what is indented is their body.
+        A header of the client stands after its path, with _ for -.
         JSON is compared as JSON, however it is wrapped; ids and times are masked. A chunk of a
-        chat completion leaves out what is as in the chunk before."""
+        chat completion leaves out what is as in the chunk before, a response what is as in
+        BARE_RESPONSE. Texts like [LOOP] only say what kind of answer the script holds."""
         wanted = parts_of(text)
         self.ollama.scripts = scripts_of(wanted)
         _, words, body = wanted[0]
@@ -548,13 +557,34 @@ USER = [{"role": "user", "content": "[TEXT]"}]
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 COMPLETIONS, EMBEDDINGS, RESPONSES = "/v1/completions", "/v1/embeddings", "/v1/responses"
 ANY: Dict[str, Any] = {"type": "object"}
-
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 GET = b"GET /health HTTP/1.1\r\n"
 HEALTH = GET + b"Host: localhost\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
 LAST = b"Connection: close\r\n\r\n"
+
+
+# For localhost, until 2126; made with `openssl req -x509 -newkey ec`.
+PEM = """
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg99zIb2amo03mcDrs
+fx4XzfHyOWfMw3sSpv4QLLdTdAehRANCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGg
+Q7t3xD9gsEsYyKvIcVsh+KY/FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBP
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUR10BXLW/RgC3WLh0AnyDr+HaIlEwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA5NDcwNloYDzIxMjYxMDMx
+MDk0NzA2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGgQ7t3xD9gsEsYyKvIcVsh+KY/
+FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBPo28wbTAdBgNVHQ4EFgQUx1j33w+C0KHm
+EJUn5F1cCzwNYzEwHwYDVR0jBBgwFoAUx1j33w+C0KHmEJUn5F1cCzwNYzEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhAKAeC4mm9/obDAQKxwsUizezLFlhkantQpD5+x9Y5ynBAiEA
+sixfKzc4jmliFOJhepY8HXB78pQ1skjpAenq5HE/oIc=
+-----END CERTIFICATE-----
+"""
 
 
 def post(body: Any, *fields: bytes) -> bytes:
@@ -566,6 +596,24 @@ def post(body: Any, *fields: bytes) -> bytes:
 def prop(schema: Any, **more: Any) -> Dict[str, Any]:
     """Return the schema of an object with the one property `a`."""
     return {"type": "object", "properties": {"a": schema}, **more}
+
+
+def example(schema: Any, root: Any) -> Any:
+    """Return the first value that a schema allows."""
+    if "$ref" in schema:
+        return example(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    if "anyOf" in schema:
+        return example(schema["anyOf"][0], root)
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return schema["enum"][0]
+    if schema.get("type") == "object" or "properties" in schema:
+        return {name: example(schema["properties"][name], root)
+                for name in schema.get("required", ())}
+    kind = schema.get("type")
+    return {"string": "text", "integer": schema.get("minimum", 0)}.get(
+        kind[0] if isinstance(kind, list) else kind)
 
 
 def body_of(**fields: Any) -> ollama_api.Body:
@@ -580,13 +628,13 @@ DIALECTS: Tuple[Tuple[str, Dict[str, Any], str], ...] = (
 
 
 class EveryDialect:
-    """Hold what every dialect does over time; inside a class, so that it runs for each alone."""
+    """Keep the tests that every dialect inherits from unittest, which would run them by themselves."""
 
     class Timing(ServerCase):
         settings = {"ping": 0.05}
         path = ""
         question: Dict[str, Any] = {"messages": USER}
-        begin = b""  # how a stream begins that waits; b"": with its pings
+        begin = b""  # how a stream that waits begins; b"": with its pings
         ping = b""
         error = b""  # how an error frame begins that follows a ping
         end = b""  # what only a whole answer has
@@ -753,11 +801,6 @@ class ProcessCase(PatientCase):
         banner = [process.stdout.readline().rstrip() for _ in range(3)]
         return process, banner, int(banner[0].rpartition(":")[2])
 
-    def scripted(self) -> ScriptedOllama:
-        ollama = ScriptedOllama()
-        self.addCleanup(ollama.server_close)
-        self.addCleanup(ollama.shutdown)
-        return ollama
 
 
 def processor_seconds(pid: int) -> float:
@@ -779,16 +822,6 @@ def refuses(host: str, port: int) -> bool:
         return False
     except ConnectionError:
         return True
-
-
-def refused(host: str, port: int) -> bool:
-    """Return whether a port stops accepting connections within PATIENCE."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if refuses(host, port):
-            return True
-        time.sleep(0.01)
-    return False
 
 
 # ---- Questions and events ------------------------------------------------------------------------
@@ -1084,7 +1117,7 @@ class MessagesConversations(ServerCase):
             """)
 
     def test_a_prompt_that_is_too_long_is_reported_in_words_for_claude_code(self) -> None:
-        # Up to 0.29 Ollama gives no numbers: the window of the loaded model, and an estimate.
+        # Up to 0.29 Ollama gives no numbers: here are the window of the loaded model, and an estimate.
         self.conversation(r"""
             client sends POST /v1/messages
                 {"model": "plain", "messages": [{"role": "user", "content": "word word"}]}
@@ -1099,7 +1132,7 @@ class MessagesConversations(ServerCase):
             """)
 
     def test_a_tool_call_comes_after_thoughts_as_a_block_of_its_own(self) -> None:
-        # As releases to 0.20 and the rendered path of 0.32 send it: before the last line.
+        # Some models and releases send it before the last line.
         self.conversation(r"""
             client sends POST /v1/messages
                 {"model": "both", "max_tokens": 100, "stream": true, "thinking": {"type": "adaptive"},
@@ -1158,7 +1191,7 @@ class MessagesConversations(ServerCase):
             """)
 
     def test_two_tool_calls_inside_the_last_line_are_two_blocks(self) -> None:
-        # As the native path of 0.32 sends them.
+        # As other models send them since 0.30.
         self.conversation(r"""
             client sends POST /v1/messages
                 {"model": "jinja", "tools": [{"name": "get_weather", "input_schema": {"type": "object"}}],
@@ -1344,7 +1377,7 @@ class MessagesConversations(ServerCase):
             """)
 
     def test_any_tool_is_called_by_binding_the_answer_to_all_of_them(self) -> None:
-        # Since 0.32 the native path generates properties in alphabetical order.
+        # Since 0.30 some models write properties in alphabetical order.
         self.conversation(r"""
             client sends POST /v1/messages
                 {"model": "plain", "tools": [{"name": "a", "input_schema": {"type": "object", "properties": {}}},
@@ -1503,7 +1536,7 @@ class MessagesConversations(ServerCase):
             """)
 
     def test_a_prefill_is_continued_and_not_repeated(self) -> None:
-        # The native path of 0.32 repeats it at the start of the text, other releases do not.
+        # Since 0.30 some models repeat it at the start of the text.
         for parts, text in ((["The ", "sky", " is"], " is"), ([" is"], " is"), (["The", "me"], "Theme"),
                             (["The"], "The"), (["The sky"], None)):
             del self.ollama.asked[:]
@@ -2982,7 +3015,7 @@ class CompletionsSDK(OpenAICase):
 # ---- OpenAI Responses ----------------------------------------------------------------------------
 
 class ResponsesConversations(ServerCase):
-    """Show a response without what it has in common with BARE_RESPONSE."""
+    """Leave out of a response what is as in BARE_RESPONSE."""
 
     ANSWER = """
             ollama answers 200
@@ -3616,9 +3649,8 @@ class ModelsAndHealth(ServerCase):
             unused.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{unused.getsockname()[1]}"
             self.port = self.serve(ollama=url).server_address[1]
-            for path, body in (("/health", None), ("/v1/models", None), (CHAT, {"messages": USER}),
-                               (MESSAGES, {"messages": USER, "stream": True})):
-                reply = self.ask("POST" if body else "GET", path, body)
+            for path in ("/health", "/v1/models"):
+                reply = self.ask("GET", path)
                 self.assertEqual((reply.status, reply.kind), (503, "application/json"), path)
                 self.assertIn("ollama serve", reply.text)
         self.assertEqual(reply.headers["x-should-retry"], "false")
@@ -3661,8 +3693,8 @@ class Routes(ServerCase):
         reply = self.raw((HEALTH + b"\r\n").replace(b"GET", b"HEAD") + HEALTH + LAST)
         self.assertEqual((reply.count(b"HTTP/1.1 200 OK"), reply.count(b"\n{")), (2, 1))
         self.assertEqual(self.ask("OPTIONS", "/v1/messages").headers["allow"], "OPTIONS, POST")
-        refused = self.ask("GET", "/v1/chat/completions")
-        self.assertEqual((refused.status, refused.headers["allow"]), (405, "OPTIONS, POST"))
+        wrong = self.ask("GET", "/v1/chat/completions")
+        self.assertEqual((wrong.status, wrong.headers["allow"]), (405, "OPTIONS, POST"))
 
 
 # ---- Tools ---------------------------------------------------------------------------------------
@@ -3751,24 +3783,6 @@ class ForcedCalls(ServerCase):
             reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
                                                 "tool_choice": {"type": "any"}})
             self.assertEqual(reply.status, 502)
-
-
-def example(schema: Any, root: Any) -> Any:
-    """Return the first value that a schema allows."""
-    if "$ref" in schema:
-        return example(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    if "anyOf" in schema:
-        return example(schema["anyOf"][0], root)
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        return schema["enum"][0]
-    if schema.get("type") == "object" or "properties" in schema:
-        return {name: example(schema["properties"][name], root)
-                for name in schema.get("required", ())}
-    kind = schema.get("type")
-    return {"string": "text", "integer": schema.get("minimum", 0)}.get(
-        kind[0] if isinstance(kind, list) else kind)
 
 
 # ---- JSON schemas --------------------------------------------------------------------------------
@@ -3896,13 +3910,20 @@ BAD_SCHEMAS: List[Any] = [
 ]
 
 
+def grammar_schema(schema: Any, path: str) -> Tuple[Any, List[str]]:
+    """Return what a schema becomes as `format`, and the paths of what is left out."""
+    body = ollama_api.Body({path: schema}, Config())
+    reducer = ollama_api.SchemaReducer()
+    return reducer.finish(reducer.read(body.at(path))), body.ignored
+
+
 class Schemas(unittest.TestCase):
 
     def test_what_reaches_format_and_what_is_left_out(self) -> None:
         for schema, wanted, left_out in SCHEMAS:
             with self.subTest(schema=str(schema)[:200]):
                 before = json.dumps(schema)
-                found, missing = ollama_api.grammar_schema(schema, "s")
+                found, missing = grammar_schema(schema, "s")
                 self.assertEqual(json.dumps(found), json.dumps(wanted))      # in the same order
                 self.assertEqual(sorted(missing), left_out)
                 self.assertEqual(json.dumps(schema), before)
@@ -3911,19 +3932,21 @@ class Schemas(unittest.TestCase):
         for schema, message in BAD_SCHEMAS:
             with self.subTest(schema=str(schema)[:200]):
                 with self.assertRaises(ollama_api.APIError) as raised:
-                    ollama_api.grammar_schema(schema, "s")
+                    grammar_schema(schema, "s")
                 self.assertEqual(raised.exception.status, 400)
                 self.assertEqual(raised.exception.message[:len(message)], message)
 
     def test_a_long_chain_of_definitions_needs_neither_stack_nor_time(self) -> None:
         chain = {str(n): prop({"$ref": f"#/$defs/{n + 1}"}) for n in range(998)}
         schema = {"$ref": "#/$defs/0", "$defs": {**chain, "998": {}}}
-        self.assertEqual(len(ollama_api.grammar_schema(schema, "s")[0]["$defs"]), 999)
+        started = time.process_time()
+        self.assertEqual(len(grammar_schema(schema, "s")[0]["$defs"]), 999)
+        self.assertLess(time.process_time() - started, 1)
 
     def test_a_chain_of_bare_references_takes_no_time(self) -> None:
         chain = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(990)}
         started = time.process_time()
-        ollama_api.grammar_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a990": {}}}, "s")
+        grammar_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a990": {}}}, "s")
         self.assertLess(time.process_time() - started, 1)
 
     def test_many_parts_and_references_do_not_cost_the_square_of_their_number(self) -> None:
@@ -3942,7 +3965,7 @@ class Schemas(unittest.TestCase):
         many = {f"p{n}": {"$ref": "#/$defs/" + name} for n, name in enumerate(names)}
         big = {"abcdefghij": {"enum": ["x" * 50000]}}
         schema = {"properties": many, "$defs": big}
-        found, _ = ollama_api.grammar_schema(schema, "s")
+        found, _ = grammar_schema(schema, "s")
         self.assertLess(len(json.dumps(found)), 2 * len(json.dumps(schema)))
         found = ollama_api.tool_schema(schema)
         self.assertLess(len(json.dumps(found)), 10 * len(json.dumps(schema)))
@@ -3951,19 +3974,19 @@ class Schemas(unittest.TestCase):
             inner = prop(inner)
         pointers = {f"p{n}": {"$ref": "#" + "/properties/a" * n} for n in range(1, 50)}
         with self.assertRaisesRegex(ollama_api.APIError, "too large with all that it refers to"):
-            ollama_api.grammar_schema({"properties": {**pointers, **inner["properties"]}}, "s")
+            grammar_schema({"properties": {**pointers, **inner["properties"]}}, "s")
 
     def test_a_huge_name_is_not_repeated_for_all_that_stands_below_it(self) -> None:
         many = {str(n): {"pattern": "x"} for n in range(2000)}
         started = time.process_time()
-        _, left_out = ollama_api.grammar_schema({"properties": {
+        _, left_out = grammar_schema({"properties": {
             "x" * 10**6: {"properties": many}}}, "s")
         self.assertLess(time.process_time() - started, 1)
         self.assertLess(len("".join(left_out)), 64 * 200)
 
 
-# A tool's schema, and what Ollama is given for it. Of the first rows it would refuse the whole
-# request.
+# A tool's schema, and what Ollama is given for it. Some of these it would refuse, and with them the
+# whole request.
 TOOL_SCHEMAS: List[Any] = [
     ({}, {"type": "object", "properties": {}}),
     ({"type": 5, "properties": [], "required": "a"}, {"type": "object", "properties": {}}),
@@ -4071,7 +4094,7 @@ def hazards(schema: Any, root: Any) -> Iterator[str]:
 
 # ---- Asking Ollama -------------------------------------------------------------------------------
 
-# What Ollama answers, and what the client gets: texts of Ollama 0.12.11 to 0.32.15.
+# What Ollama answers, and what the client gets: texts of Ollama 0.12.11 to 0.32.15, and one that is made up.
 NATIVE_OVERFLOW = json.dumps({"error": {
     "code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 45042, "n_ctx": 512,
     "message": "request (45042 tokens) exceeds the available context size (512 tokens), "
@@ -4266,86 +4289,6 @@ class FailingOllama(FailingCase):
             self.assertIn("ollama serve", reply.json["error"]["message"])
 
 
-# For localhost, until 2126; made with `openssl req -x509 -newkey ec`.
-PEM = """
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg99zIb2amo03mcDrs
-fx4XzfHyOWfMw3sSpv4QLLdTdAehRANCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGg
-Q7t3xD9gsEsYyKvIcVsh+KY/FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBP
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBnDCCAUGgAwIBAgIUR10BXLW/RgC3WLh0AnyDr+HaIlEwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA5NDcwNloYDzIxMjYxMDMx
-MDk0NzA2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARx9w/ad+IQ8CtU3gIIQsw9ZlGGqXGgQ7t3xD9gsEsYyKvIcVsh+KY/
-FEWTbjBQSSsBtrwmv7XoaSF4iRdNCdBPo28wbTAdBgNVHQ4EFgQUx1j33w+C0KHm
-EJUn5F1cCzwNYzEwHwYDVR0jBBgwFoAUx1j33w+C0KHmEJUn5F1cCzwNYzEwDwYD
-VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
-zj0EAwIDSQAwRgIhAKAeC4mm9/obDAQKxwsUizezLFlhkantQpD5+x9Y5ynBAiEA
-sixfKzc4jmliFOJhepY8HXB78pQ1skjpAenq5HE/oIc=
------END CERTIFICATE-----
-"""
-
-
-class OllamaBehindTLS(ServerCase):
-    """Ask an Ollama elsewhere, behind https."""
-    settings = {"ollama_key": "secret"}
-
-    def setUp(self) -> None:
-        super().setUp()
-        folder = self.enter(tempfile.TemporaryDirectory())
-        pem = os.path.join(folder, "pem")
-        Path(pem).write_text(PEM)
-        self.enter(mock.patch.dict(os.environ, SSL_CERT_FILE=pem))
-        self.keys: List[Any] = []
-        perform = ScriptedHandler.perform
-
-        def noted(handler: ScriptedHandler, script: Script) -> None:
-            self.keys.append(handler.headers["Authorization"])
-            perform(handler, script)
-        self.enter(mock.patch.object(ScriptedHandler, "perform", noted))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(pem)
-        self.ollama.socket = context.wrap_socket(self.ollama.socket, server_side=True)
-        self.secure = self.serve(
-            ollama=self.ollama.url.replace("http://127.0.0.1", "https://localhost"), **self.settings)
-
-    def test_answers_of_one_record_and_of_many_are_read_and_the_key_is_sent(self) -> None:
-        self.port = self.secure.server_address[1]
-        long = [content("word " * count) for count in range(1, 4000, 37)]
-        for steps_, count in ((SKY, 0), ([*long, done()], sum(range(1, 4000, 37)))):
-            self.ollama.queue(Script(steps_))
-            reply = self.ask("POST", CHAT, {"messages": [
-                {"role": "user", "content": "x" * 3_000_000}]})
-            self.assertIn("[DONE]", reply.text)
-            self.assertEqual(reply.text.count("word "), count)
-        self.assertEqual(self.keys, ["Bearer secret"] * 2)
-
-    def test_a_client_that_leaves_ends_the_tls_connection_to_ollama(self) -> None:
-        self.port = self.secure.server_address[1]
-        script = self.ollama.queue(Script([content("The"), threading.Event()]))
-        with self.open("POST", CHAT, {"messages": USER}) as stream:
-            stream.until(b"The")
-        self.assertTrue(script.left.wait(PATIENCE))
-
-    def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
-        context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
-        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        server.load_cert_chain(os.environ["SSL_CERT_FILE"])
-        ours, theirs = socket.socketpair()
-
-        def send() -> None:
-            with server.wrap_socket(theirs, server_side=True) as sock:
-                sock.sendall(b"x" * 10_000)      # one record
-                sock.recv(1)
-        sender = threading.Thread(target=send)
-        sender.start()
-        with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
-                                 ollama_api.Client(), 99, time.monotonic() + PATIENCE) as upstream:
-            self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
-        sender.join(PATIENCE)
-
-
 # ---- Counting tokens -----------------------------------------------------------------------------
 
 class CountTokens(ServerCase):
@@ -4420,7 +4363,7 @@ class CountTokens(ServerCase):
 
 # ---- Events of an answer -------------------------------------------------------------------------
 
-# The steps of a fault in the body, and words of the error: a 502, before or after the first token.
+# The steps of a fault in the body, and words of the error: a 502, or the last frame of a stream.
 BROKEN: List[Tuple[List[Any], str]] = [
     ([RESET], "ConnectionResetError"), ([CUT], "IncompleteRead"),
     ([], "without saying that it was done"),
@@ -4621,7 +4564,7 @@ class WaitingForOllama(ServerCase):
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
             sock.sendall(post({"messages": USER, "stream": False}))
             self.assertTrue(script.waits.wait(PATIENCE))
-            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+            sock.sendall(HEALTH + LAST)
             self.assertFalse(script.left.wait(0.2))
             gate.set()
             reply = b"".join(iter(lambda: sock.recv(65536), b""))
@@ -4672,15 +4615,79 @@ class WaitingForOllama(ServerCase):
             self.assertEqual([upstream.closed for upstream in held], [True])
 
 
+class OllamaBehindTLS(ServerCase):
+    """Ask an Ollama elsewhere, behind https."""
+    settings = {"ollama_key": "secret"}
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.enter(tempfile.TemporaryDirectory())
+        pem = os.path.join(folder, "pem")
+        Path(pem).write_text(PEM)
+        self.enter(mock.patch.dict(os.environ, SSL_CERT_FILE=pem))
+        self.keys: List[Any] = []
+        perform = ScriptedHandler.perform
+
+        def noted(handler: ScriptedHandler, script: Script) -> None:
+            self.keys.append(handler.headers["Authorization"])
+            perform(handler, script)
+        self.enter(mock.patch.object(ScriptedHandler, "perform", noted))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        self.ollama.socket = context.wrap_socket(self.ollama.socket, server_side=True)
+        self.secure = self.serve(
+            ollama=self.ollama.url.replace("http://127.0.0.1", "https://localhost"), **self.settings)
+
+    def test_answers_of_one_record_and_of_many_are_read_and_the_key_is_sent(self) -> None:
+        self.port = self.secure.server_address[1]
+        long = [content("word " * count) for count in range(1, 4000, 37)]
+        for steps_, count in ((SKY, 0), ([*long, done()], sum(range(1, 4000, 37)))):
+            self.ollama.queue(Script(steps_))
+            reply = self.ask("POST", CHAT, {"messages": [
+                {"role": "user", "content": "x" * 3_000_000}]})
+            self.assertIn("[DONE]", reply.text)
+            self.assertEqual(reply.text.count("word "), count)
+        self.assertEqual(self.keys, ["Bearer secret"] * 2)
+
+    def test_a_client_that_leaves_ends_the_tls_connection_to_ollama(self) -> None:
+        self.port = self.secure.server_address[1]
+        script = self.ollama.queue(Script([content("The"), threading.Event()]))
+        with self.open("POST", CHAT, {"messages": USER}) as stream:
+            stream.until(b"The")
+        self.assertTrue(script.left.wait(PATIENCE))
+
+    def test_the_key_of_an_ollama_is_not_sent_in_the_clear(self) -> None:
+        for scheme, sent in (("https", "Bearer secret"), ("http", None)):
+            request = ollama_api.UpstreamRequest(scheme + "://a", None, "secret", mock.Mock())
+            self.assertEqual(request.get_header("Authorization"), sent)
+
+    def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
+        context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(os.environ["SSL_CERT_FILE"])
+        ours, theirs = socket.socketpair()
+
+        def send() -> None:
+            with server.wrap_socket(theirs, server_side=True) as sock:
+                sock.sendall(b"x" * 10_000)      # one record
+                sock.recv(1)
+        sender = threading.Thread(target=send)
+        sender.start()
+        with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
+                                 ollama_api.Client(), 99, time.monotonic() + PATIENCE) as upstream:
+            self.assertEqual(sum(len(upstream.read(100)) for _ in range(100)), 10_000)
+        sender.join(PATIENCE)
+
+
 # ---- Reading HTTP --------------------------------------------------------------------------------
 
 QUESTION = json.dumps({"messages": USER}).encode()
 
-# The bytes of a request, the status that comes back, and whether the connection stays open.
+# A name, the bytes of a request, the status that comes back, and whether the connection stays open.
 RAW = [
     ("plain", HEALTH + b"\r\n", 200, True),
     ("empty lines before it", b"\r\n\r\n" + HEALTH + b"\r\n", 200, True),
-    ("asked to close", HEALTH + b"Connection: close\r\n\r\n", 200, False),
+    ("asked to close", HEALTH + LAST, 200, False),
     ("HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", 200, False),
     ("HTTP/0.9", b"GET /health\r\n\r\n", 400, False),
     ("HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", 505, False),
@@ -4755,8 +4762,7 @@ class ReadingHTTP(ServerCase):
     def test_heads_and_bodies(self) -> None:
         for name, request, status, stays_open in RAW:
             with self.subTest(name):
-                last = HEALTH + b"Connection: close\r\n\r\n"
-                reply = self.raw(request + (last if stays_open else b""))
+                reply = self.raw(request + (HEALTH + LAST if stays_open else b""))
                 heads = re.findall(rb"HTTP/1.1 (\d+) [A-Z]", reply)
                 self.assertEqual(heads, [b"%d" % status] + [b"200"] * stays_open)
                 self.assertEqual(reply.count(b"connection: close"), 1)
@@ -4919,11 +4925,6 @@ class Keys(ServerCase):
                 ({"authorization": "first"}, 200), ({"authorization": "bearer " + secret}, 200)):
             with self.subTest(headers):
                 self.assertEqual(self.ask("GET", "/v1/models", **headers).status, status)
-
-    def test_the_key_of_an_ollama_is_not_sent_in_the_clear(self) -> None:
-        for scheme, sent in (("https", "Bearer secret"), ("http", None)):
-            request = ollama_api.UpstreamRequest(scheme + "://a", None, "secret", mock.Mock())
-            self.assertEqual(request.get_header("Authorization"), sent)
 
     def test_without_a_key_the_body_is_not_used(self) -> None:
         reply = self.raw(POST + b"Connection: close\r\nContent-Length: 99\r\n\r\n")
@@ -5244,7 +5245,7 @@ class TLS(ServerCase):
             got = b""
             while b"The" not in got:
                 got += sock.recv(65536)
-            sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+            sock.sendall(HEALTH + LAST)
             self.assertFalse(script.left.wait(0.2))
             gate.set()
             got += b"".join(iter(lambda: sock.recv(65536), b""))
@@ -5278,7 +5279,7 @@ class TLS(ServerCase):
             tls.write(post({"messages": USER, "stream": False}))
             sock.sendall(outgoing.read())
             self.assertTrue(script.waits.wait(PATIENCE))
-            tls.write(HEALTH + b"Connection: close\r\n\r\n")
+            tls.write(HEALTH + LAST)
             record = outgoing.read()
             sock.sendall(record[:20])
             self.assertFalse(script.left.wait(0.2))
@@ -5300,7 +5301,7 @@ class TLS(ServerCase):
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE):
             self.assertNotIn(b"200", self.raw(HEALTH + b"\r\n"))
             with self.connect() as sock:
-                sock.sendall(HEALTH + b"Connection: close\r\n\r\n")
+                sock.sendall(HEALTH + LAST)
                 self.assertRegex(sock.recv(65536), b"^HTTP/1.1 200 ")
 
 
@@ -5492,8 +5493,7 @@ class Process(ProcessCase):
             used.listen()
             port = str(used.getsockname()[1])
             process = subprocess.run(
-                [sys.executable, "-I", str(HERE / "ollama_api.py"), "--port", port],
-                capture_output=True, text=True, timeout=30)
+                [*COMMAND, "--port", port], capture_output=True, text=True, timeout=30)
         self.assertEqual(process.returncode, 1)
         self.assertRegex(process.stderr,
                          rf"^ollama_api.py: cannot listen on 127.0.0.1 port {port}: .*\n$")
@@ -5557,7 +5557,7 @@ class Process(ProcessCase):
             process, stream = self.streaming(Script([content("The"), gate, done()]))
             with stream:
                 process.send_signal(number)
-                self.assertTrue(refused("127.0.0.1", stream.connection.port), "it still accepts")
+                self.eventually(functools.partial(refuses, "127.0.0.1", stream.connection.port))
                 gate.set()
                 stream.until(b"[DONE]")
             self.assertEqual(process.wait(PATIENCE), 0)
@@ -5582,7 +5582,7 @@ class Process(ProcessCase):
         with stream:
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGTERM)
-            self.assertTrue(refused("127.0.0.1", stream.connection.port))
+            self.eventually(functools.partial(refuses, "127.0.0.1", stream.connection.port))
             process.send_signal(signal.SIGINT)
             gate.set()
             stream.until(b"[DONE]")
@@ -5601,7 +5601,7 @@ class Process(ProcessCase):
         process, stream = self.streaming(Script([content("The"), threading.Event()]))
         with stream:
             process.send_signal(signal.SIGTERM)
-            self.assertTrue(refused("127.0.0.1", stream.connection.port))
+            self.eventually(functools.partial(refuses, "127.0.0.1", stream.connection.port))
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(2), -signal.SIGTERM)
 
@@ -5614,11 +5614,9 @@ class HAProxy(ServerCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.ollamas = [ScriptedOllama(), ScriptedOllama()]
+        self.ollamas = [self.scripted(), self.scripted()]
         for ollama in self.ollamas:
             ollama.forever = lambda body: Script()
-            self.addCleanup(ollama.server_close)
-            self.addCleanup(ollama.shutdown)
         servers = [self.serve(ollama=ollama.url, api_key=("SECRET",)) for ollama in self.ollamas]
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -5666,8 +5664,8 @@ class HAProxy(ServerCase):
 
 
 # ---- Programs built on the SDKs ------------------------------------------------------------------
-# A text, a stream, a tool call and a structured output through each; a structured output is a forced
-# tool call or a schema. .ci/run brings them, and says in WITHOUT_NPM what npm could not deliver.
+# A text, a stream, a tool call and a structured output (a forced tool call or a schema) through most
+# of them. .ci/run installs them, and sets WITHOUT_NPM if npm could not.
 
 def installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) for name in names)
@@ -5676,9 +5674,6 @@ def installed(*names: str) -> bool:
 def needs_program(found: Any, what: str) -> Callable[[Any], Any]:
     """Skip without the program; but fail where PROGRAMS is set, as .ci/run does."""
     return unittest.skipUnless(found or os.environ.get("PROGRAMS"), f"{what} is not installed")
-
-
-WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 
 class ProgramCase(SDKCase):
@@ -5852,21 +5847,21 @@ class TheFile(unittest.TestCase):
         self.assertEqual(sections[0], "Configuration")  # which does nothing by itself
 
     def test_every_banner_has_two_to_six_lines_of_strategy(self) -> None:
-        for banner in re.findall(r"(?m)^# ---- .*\n((?:#.*\n)+)", self.source):
-            self.assertIn(banner.count("\n"), range(2, 8), banner)
+        for banner in re.findall(r"(?m)^# ---- .*\n((?:#.*\n)*)", self.source):
+            self.assertIn(banner.count("\n"), range(2, 7), banner)
 
-    def test_what_reads_bytes_from_sockets_is_small_and_in_one_place(self) -> None:
+    def test_what_reads_bytes_from_sockets_is_small_and_in_two_places(self) -> None:
         lines = self.source.splitlines()
-        functions = {node.name: lines[node.lineno - 1:node.end_lineno]
+        functions = [(node.name, lines[node.lineno - 1:node.end_lineno])
                      for node in ast.walk(ast.parse(self.source))
-                     if isinstance(node, ast.FunctionDef)}
+                     if isinstance(node, ast.FunctionDef)]
 
         def size(*names: str) -> int:
-            return sum(len(functions[name]) for name in names)
+            return sum(len(body) for name, body in functions if name in names)
         self.assertLess(size("read_head", "read_fields"), 60)
         self.assertLess(size("read_body", "body_length", "check_size"), 60)
-        reading = {name for name, body in functions.items() if ".recv" in "".join(body)}
-        self.assertEqual(reading, {"take", "readinto"})      # a client's bytes; Ollama's
+        reading = [name for name, body in functions if ".recv" in "".join(body)]
+        self.assertEqual(sorted(reading), ["readinto", "take"])  # Ollama's bytes; a client's
 
     def test_functions_are_short_and_lines_fit(self) -> None:
         for name, text in (("ollama_api.py", self.source), ("test_ollama_api.py", self.tests)):
@@ -5929,10 +5924,10 @@ def live(url: str) -> int:
     message = json.loads(ask("/v1/messages", question))
     print("answer:", message["content"], message["stop_reason"], message["usage"])
     stream = ask("/v1/chat/completions", {**question, "stream": True})
-    words = [json.loads(part)["choices"][0]["delta"].get("content", "")
+    words = [json.loads(part).get("choices", [{"delta": {}}])[0]["delta"].get("content", "")
              for part in re.findall(r"(?m)^data: (\{.*)", stream)]
     print("stream:", repr("".join(words)))
-    whole = bool(names and message["content"] and words and stream.endswith("data: [DONE]\n\n"))
+    whole = bool(names and message["content"] and any(words) and stream.endswith("data: [DONE]\n\n"))
     print("ok" if whole else "FAILED")
     return 0 if whole else 1
 
