@@ -2210,7 +2210,7 @@ class SchemaReducer:
     def settle(self, schema: Schema, kept: JSON) -> JSON:
         """Rewrite combinations of which Ollama would look at one keyword alone."""
         if "$ref" in kept:
-            for word in kept.keys() - {"$ref", "type"}:  # both have the same type
+            for word in kept.keys() - {"$ref", "type"}:  # a type beside it says the same
                 schema.at(word).ignore()
             return {"$ref": kept["$ref"]}
         if {"allOf", "properties"} <= set(kept):
@@ -2585,7 +2585,7 @@ def refused(status: int, text: str) -> APIError:
     """Return the error for the client if Ollama answers with `status` and `text`. 4xx and 503 stay,
     501 becomes 400, all others 502: Codex hides the text of a 500."""
     found = innermost_error(text)
-    message = (ollama_field(found, "message", "") or f"Ollama answered {status} without a message")
+    message = ollama_field(found, "message", "") or f"Ollama answered {status} without a message"
     meanings = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
     status, code = next(meanings, (status, None))
     if code == "context_length_exceeded":

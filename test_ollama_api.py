@@ -403,11 +403,12 @@ class Stream:
         return self._response
 
     def until(self, mark: bytes, times: int = 1) -> bytes:
-        """Read on until `mark` has come so many times."""
+        """Read on until `mark` has come so many times. Pings do not make the wait longer."""
+        deadline = time.monotonic() + PATIENCE
         while self.got.count(mark) < times:
             data = self.response.read1(65536)
-            if not data:
-                raise AssertionError(f"the reply ended without {mark!r}: ...{self.got[-500:]!r}")
+            if not data or time.monotonic() > deadline:
+                raise AssertionError(f"the reply is without {mark!r}: ...{self.got[-500:]!r}")
             self.got += data
         return self.got
 
@@ -1752,6 +1753,15 @@ class Messages(ServerCase):
         reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [
             {"type": "mid_conv_system", "content": [image]}]}]})
         self.assertEqual(reply.status, 400)
+
+    def test_a_tool_that_was_loaded_later_is_named_in_the_result(self) -> None:
+        self.ollama.queue(Script())
+        self.ask("POST", MESSAGES, {"messages": [
+            *USER, {"role": "assistant", "content": [
+                {"type": "tool_use", "id": "a", "name": "search", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [
+                {"type": "tool_reference", "tool_name": "look"}]}]}]})
+        self.assertEqual(self.ollama.asked[0][1]["messages"][2]["content"], "Tool loaded: look")
 
     def test_the_types_of_anthropics_errors(self) -> None:
         for status, retry_after, kind in (
@@ -3544,6 +3554,19 @@ class ResponsesTiming(EveryDialect.Timing):
         self.assertEqual(frame["response"]["error"]["code"], "context_length_exceeded")
         self.assertIn("maximum context length is 512", frame["response"]["error"]["message"])
 
+    def test_the_text_for_a_custom_tool_has_frames_of_its_own(self) -> None:
+        with self.open("POST", RESPONSES, {
+                "input": "Hi", "stream": True, "tools": [{"type": "custom", "name": "say"}]}) as stream:
+            self.ollama.queue(Script([line(calls(("say", {"input": "Hello."}))), done()]))
+            frames = [json.loads(part) for part in re.findall("data: (.*)", stream.reply().text)]
+        added, delta, whole, ended = frames[2:-1]
+        self.assertEqual((added["item"]["type"], added["item"]["input"]), ("custom_tool_call", ""))
+        self.assertEqual((delta["type"], delta["delta"]),
+                         ("response.custom_tool_call_input.delta", "Hello."))
+        self.assertEqual((whole["type"], whole["input"]),
+                         ("response.custom_tool_call_input.done", "Hello."))
+        self.assertEqual(ended["item"], {**added["item"], "status": "completed", "input": "Hello."})
+
     def test_a_response_that_has_waited_goes_on_without_a_second_beginning(self) -> None:
         gate = threading.Event()
         self.ollama.queue(Script([gate, *SKY]))
@@ -3695,6 +3718,7 @@ class Routes(ServerCase):
         self.assertEqual(self.ask("OPTIONS", "/v1/messages").headers["allow"], "OPTIONS, POST")
         wrong = self.ask("GET", "/v1/chat/completions")
         self.assertEqual((wrong.status, wrong.headers["allow"]), (405, "OPTIONS, POST"))
+        self.assertNotIn("allow", self.ask("GET", "/nope").headers)
 
 
 # ---- Tools ---------------------------------------------------------------------------------------
@@ -4593,6 +4617,33 @@ class WaitingForOllama(ServerCase):
             gate.set()
             self.assertIn(b"The sky is blue.", sock.recv(65536))
 
+    def test_a_request_that_ollama_takes_late_is_sent_to_its_end(self) -> None:
+        gate = threading.Event()
+
+        def take() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                gate.wait(PATIENCE)
+                data = end = b"x"
+                while data and not end.endswith(b'"truncate": false}'):
+                    data = sock.recv(1 << 20)
+                    end = (end + data)[-99:]
+                sock.sendall(head_of("200 OK", body=json.dumps(done())))
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            ollama = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            self.port = self.serve(ping=0.05, ollama=ollama).server_address[1]
+            taking = threading.Thread(target=take)
+            taking.start()
+            large = {"messages": [{"role": "user", "content": "x" * 16_000_000}], "stream": True}
+            with self.open("POST", MESSAGES, large) as stream:
+                stream.until(b"event: ping")
+                gate.set()
+                stream.until(b"message_stop")
+            taking.join(PATIENCE)
+
     def test_an_ollama_that_takes_no_request_is_waited_for_until_the_client_leaves(self) -> None:
         held: List[ollama_api.Upstream] = []     # or the garbage collector would close it
 
@@ -4657,8 +4708,9 @@ class OllamaBehindTLS(ServerCase):
         self.assertTrue(script.left.wait(PATIENCE))
 
     def test_the_key_of_an_ollama_is_not_sent_in_the_clear(self) -> None:
-        for scheme, sent in (("https", "Bearer secret"), ("http", None)):
-            request = ollama_api.UpstreamRequest(scheme + "://a", None, "secret", mock.Mock())
+        for scheme, key, sent in (("https", "secret", "Bearer secret"), ("http", "secret", None),
+                                  ("https", "", None)):
+            request = ollama_api.UpstreamRequest(scheme + "://a", None, key, mock.Mock())
             self.assertEqual(request.get_header("Authorization"), sent)
 
     def test_what_is_decrypted_already_is_not_waited_for(self) -> None:
@@ -4814,6 +4866,22 @@ class ReadingHTTP(ServerCase):
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
             sock.sendall(POST + b"Content-Length: 8000000\r\n\r\n" + b"x" * 8000000)
             self.assertRegex(sock.recv(65536), b"^HTTP/1.1 413 ")
+
+    def test_what_is_read_after_a_refusal_is_not_kept(self) -> None:
+        made: List[ollama_api.Incoming] = []
+
+        class Noted(ollama_api.Incoming):
+            def __init__(self, sock: socket.socket) -> None:
+                super().__init__(sock)
+                made.append(self)
+        self.enter(mock.patch.object(ollama_api, "Incoming", Noted))
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            theirs.sendall(b"x" * 50_000)
+            theirs.shutdown(socket.SHUT_WR)
+            ollama_api.linger(ours, Config())
+        self.assertEqual([len(incoming.buffer) for incoming in made], [0])
 
     def test_a_head_that_does_not_come_to_its_end_is_a_408(self) -> None:
         self.port = self.serve(head_seconds=0.05, linger_seconds=0.05).server_address[1]
@@ -5371,6 +5439,14 @@ class Soak(ProcessCase):
 # ---- The demo ------------------------------------------------------------------------------------
 
 class Demo(ProcessCase):
+
+    def test_the_demo_continues_texts_and_makes_vectors(self) -> None:
+        _, _, port = self.start("--demo")
+        for path, body, found in ((COMPLETIONS, {"prompt": "Hi"}, "You said: Hi"),
+                                  (EMBEDDINGS, {"input": "tea"}, '"embedding": [0.33')):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}",
+                                        json.dumps(body).encode(), PATIENCE) as reply:
+                self.assertIn(found, reply.read().decode())
 
     def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
         _, banner, port = self.start("--demo")
