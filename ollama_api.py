@@ -91,8 +91,8 @@ import urllib.request
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypedDict,
-                    TypeVar, Union, cast)
+                    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
+                    TypedDict, TypeVar, Union, cast)
 
 __version__ = "0.1.0"
 
@@ -131,9 +131,12 @@ class Config:
     api_key: Tuple[str, ...] = option(
         (), "demand a key of every client, and accept this one; repeatable",
         metavar="KEY", action="append", env="OLLAMA_API_SERVER_KEY")
+    allow_host: Tuple[str, ...] = option(
+        (), "let clients call this machine by this name, like box.example; repeatable",
+        metavar="NAME", action="append")
     allow_origin: Tuple[str, ...] = option(
-        (), "admit web pages of this origin, like https://chat.example; repeatable",
-        metavar="ORIGIN", action="append")
+        (), "admit web pages of this origin, like https://chat.example; * stands for a host, the "
+        "beginning of one, or a port; repeatable", metavar="ORIGIN", action="append")
     tls_cert: str = option(
         "", "serve https with the certificate chain in this PEM file", metavar="FILE")
     tls_key: str = option(
@@ -1901,8 +1904,9 @@ def pass_on(path: str) -> Callable[[Context], Reply]:
 
 # ---- Routes --------------------------------------------------------------------------------------
 # The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so
-# paths are compared without leading /v1 segments, however many, and without a trailing
-# slash. {id} is the rest of the path, unquoted: model names may contain slashes. HEAD is GET.
+# paths are compared without leading /v1 segments, however many, without a trailing slash, and
+# with any number of slashes for one. {id} is the rest of the path, unquoted: model names may
+# contain slashes. HEAD is GET.
 
 Wording = Callable[[APIError, str], JSON]  # (error, request id) -> error object
 
@@ -1933,9 +1937,12 @@ def without_v1(path: str) -> str:
     return re.sub(r"^(/+v1(?=/|$))+", "", path).rstrip("/")
 
 
-PATTERNS = tuple(
-    (re.compile(re.escape(without_v1(route.path)).replace(re.escape("{id}"), "(.+)")), route)
-    for route in ROUTES)
+def pattern_of(path: str) -> Pattern[str]:
+    plain = re.escape(without_v1(path)).replace(re.escape("{id}"), "(.+)")
+    return re.compile(plain.replace("/", "/+"))
+
+
+PATTERNS = tuple((pattern_of(route.path), route) for route in ROUTES)
 
 
 def routes_for(path: str) -> List[Tuple[Route, str]]:
@@ -1953,7 +1960,7 @@ def allowed_methods(path: str) -> str:
 
 
 def find_route(request: Request) -> Tuple[Route, str]:
-    """Return the row of a request and what stands for {id}; 404 or 405 if there is none."""
+    """Return the row of a request and what stands for {id}; 404, 405 or 426 if there is none."""
     found = routes_for(request.path)
     method = "GET" if request.method == "HEAD" else request.method
     for route, argument in found:
@@ -1961,6 +1968,9 @@ def find_route(request: Request) -> Tuple[Route, str]:
             return route, argument
     if not found:
         raise APIError(404, f"There is no {dumps(request.path)} here. GET / lists the endpoints.")
+    if "websocket" in request.headers.get("upgrade", "").lower():  # Codex then uses POST at once
+        raise APIError(426, 'WebSocket is not spoken here. Send a POST with "stream": true: '
+                            "the answer is streamed as server-sent events.")
     raise APIError(405, f"{request.path} does not accept {request.method}. "
                         f"It accepts {allowed_methods(request.path)}.")
 
@@ -1970,7 +1980,7 @@ def wording_for(request: Request) -> Wording:
     for route, _ in routes_for(request.path):
         if route.error:
             return route.error
-    messages_path = without_v1(request.path).startswith("/messages")
+    messages_path = re.match("/+messages", without_v1(request.path))
     anthropic = messages_path or "anthropic-version" in request.headers
     return messages_error if anthropic else openai_error
 
@@ -3096,8 +3106,8 @@ REQUEST_LINE = re.compile(
 HEADER_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 SINGLE_FIELDS = {
-    "host", "content-length", "transfer-encoding", "content-type", "origin",
-    "authorization", "x-api-key", "expect"}
+    "host", "content-length", "transfer-encoding", "origin", "authorization", "x-api-key",
+    "expect"}
 
 
 def wait_for(sock: socket.socket, seconds: float, event: int) -> None:
@@ -3282,33 +3292,67 @@ def linger(sock: socket.socket, config: Config) -> None:
 # ---- Who may ask ---------------------------------------------------------------------------------
 # Nobody but this machine by default. A web page of another site can reach us directly, or by
 # a hostname of its own that resolves to 127.0.0.1 (DNS rebinding): Origin and Host tell.
-# Programs send no Origin. Keys, if there are any, are demanded before a body is used.
+# So a Host must be a name or an address that no owner of a page can lead here. Programs send
+# no Origin, but those that are built on a browser have a scheme that no web page can have.
+# Keys, if there are any, are demanded before a body is used.
+
+CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
+DESKTOP_SCHEMES = ("app", "file", "tauri", "vscode-file", "vscode-webview")  # of Electron, Tauri
+
 
 def admit(request: Request, config: Config) -> None:
     """Refuse web pages of other sites; 403."""
     host = request.headers.get("host", "localhost")
-    if is_loopback(config.host) and not is_loopback(host):
-        raise APIError(403, "The Host header names another machine than this one.")
+    if is_loopback(config.host) and not is_ours(host, config):
+        raise APIError(403, f"The Host {dumps(host[:200])} may be another machine. If it is this "
+                            "one, start the server with --allow-host NAME.")
     origin = request.headers.get("origin")
     if origin is None:
         if request.headers.get("sec-fetch-site") == "cross-site":
             raise APIError(403, "Web pages of other sites are not served.")
-    elif origin not in config.allow_origin and not is_loopback(origin.partition("://")[2]):
+    elif not may_read(origin, config):
         raise APIError(403, "Web pages of other machines are not served, "
                             "except those of --allow-origin.")
 
 
+def hostname_in(text: str) -> str:
+    """Return a hostname or an address without port, brackets and last dot, in lower case."""
+    if text.count(":") == 1 or "]" in text:
+        text = re.sub(r":[0-9]*$", "", text)
+    return re.sub(r"\.$", "", text.strip("[]").lower())
+
+
+def address_of(name: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name)
+    return None
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a hostname or address, with or without a port, is a loopback one."""
-    name = host
-    if host.count(":") == 1 or "]" in host:
-        name = re.sub(r":[0-9]*$", "", host)
-    name = name.strip("[]").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(name).is_loopback
-    return False
+    name = hostname_in(host)
+    address = address_of(name)
+    if address is None:
+        return name == "localhost" or name.endswith(".localhost")
+    return address.is_loopback
+
+
+def is_ours(host: str, config: Config) -> bool:
+    """Return whether a Host means this machine, and is no name that a page's owner could choose."""
+    name = hostname_in(host)
+    machine = socket.gethostname().lower()
+    short = machine.partition(".")[0]
+    known = (*CONTAINER_HOSTS, machine, short, short + ".local",
+             *map(hostname_in, config.allow_host))
+    return bool(name) and (is_loopback(host) or address_of(name) is not None or name in known)
+
+
+def may_read(origin: str, config: Config) -> bool:
+    """Return whether pages of an origin are served: local ones, desktop programs, allowed ones."""
+    scheme, mark, host = origin.partition("://")
+    patterns = (re.escape(allowed).replace(r"\*", "[^/:]+") for allowed in config.allow_origin)
+    return (is_loopback(host) or bool(mark) and scheme in DESKTOP_SCHEMES
+            or any(re.fullmatch(pattern, origin) for pattern in patterns))
 
 
 def demand_key(request: Request, config: Config) -> None:
@@ -3428,10 +3472,8 @@ class Exchange(Client):
     def serve(self, route: Route, request: Request, body: Body) -> None:
         with Ollama(self.server, self) as self.ollama:
             reply = route.endpoint(Context(request, body, self.ollama, self.server))
-            if body.ignored:  # clients choose the names: some are unfit for a header
-                fit = {name if re.fullmatch(r"[\w.$-]{1,199}", name, re.ASCII) else "?"
-                       for name in body.ignored}
-                self.extra["x-ignored-fields"] = ", ".join(sorted(fit))
+            if body.ignored:
+                self.extra["x-ignored-fields"] = ", ".join(reported(body.ignored))
             if isinstance(reply.content, dict):
                 self.send_json(reply)
             else:
@@ -3450,6 +3492,8 @@ class Exchange(Client):
             self.extra["retry-after"] = str(error.retry_after)
         if error.status == 405 and self.request:
             self.extra["allow"] = allowed_methods(self.request.path)
+        if error.status == 426:  # RFC 9110, 15.5.22 and 7.8
+            self.extra.update(upgrade="HTTP/1.1", connection="upgrade")
         self.send_json(Reply(content, error.status))
 
     def send_json(self, reply: Reply) -> None:
@@ -3539,6 +3583,16 @@ class Exchange(Client):
             rate = tokens / max(now - ollama.first_at, 1e-3)
             words.append(f"in={ollama.finish.prompt_tokens} out={tokens} {rate:.1f}/s")
         return " ".join([*words, f"total={now - self.began:.2f}s"])
+
+
+def reported(paths: Iterable[str]) -> List[str]:
+    """Return the paths for a header: clients choose the names, and some are unfit. Those deep
+    inside give way, so that nginx and aiohttp still take the head, of 4 KB at most."""
+    fit = {path if re.fullmatch(r"[\w.$-]{1,199}", path, re.ASCII) else "?" for path in paths}
+    shallow = sorted(fit, key=lambda path: (path.count("."), path))
+    ends = itertools.accumulate(len(path) + 2 for path in shallow)
+    kept = sorted(path for path, end in zip(shallow, ends) if end < 2000)
+    return kept + ["..."] * (len(kept) < len(fit))
 
 
 def put(stream: str, text: str) -> None:
@@ -3853,9 +3907,12 @@ def problems_of(config: Config) -> Iterator[str]:
         yield "--num-ctx: must be at least 1"
     if not all(all(alias.partition("=")) for alias in config.alias):
         yield "--alias: must look like PATTERN=MODEL"
-    origin = re.compile(r"null|\w[\w.+-]*://[^/\s]+")
+    if not all(re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) for name in config.allow_host):
+        yield "--allow-host: must be a name like box.example, without scheme, port and path"
+    origin = re.compile(r"null|\w[\w.+-]*://(\*|(\*\.)?[^/\s:*]+|\[[^]/\s*]+\])(:([0-9]+|\*))?")
     if not all(origin.fullmatch(each) for each in config.allow_origin):
-        yield "--allow-origin: must look like https://chat.example, without a path"
+        yield ("--allow-origin: must look like https://chat.example, without a path; "
+               "* stands for a host, the beginning of one, or a port")
     if any(key.strip() != key or not key for key in config.api_key):
         yield "--api-key: must not be empty, nor begin or end with a blank"
     if config.tls_key and not config.tls_cert:

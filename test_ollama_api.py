@@ -3695,14 +3695,30 @@ class Routes(ServerCase):
 
     def test_paths_that_clients_get_wrong(self) -> None:
         for path in ("/v1/v1/messages", "/messages", "/v1/messages/", "//v1/messages",
-                     "/v1/messages?beta=true"):
+                     "/v1//messages", "//messages//", "/v1/messages?beta=true"):
             self.ollama.queue(Script())
             reply = self.ask("POST", path, {"messages": USER})
             self.assertEqual(reply.json["type"], "message", path)
+        for path in ("/v1/chat//completions", "//chat/completions", "/v1//chat/completions"):
+            self.ollama.queue(Script())
+            self.assertEqual(self.ask("POST", path, {"messages": USER}).status, 200, path)
+        self.ollama.gets["/api/tags"] = {"models": [{"name": "hf.co//a//b:x"}]}
+        reply = self.ask("GET", "//v1//models//hf.co//a//b:x")
+        self.assertEqual((reply.status, reply.json["id"]), (200, "hf.co//a//b:x"))
+
+    def test_a_websocket_is_refused_so_that_codex_asks_in_another_way_at_once(self) -> None:
+        reply = self.ask("GET", RESPONSES, connection="Upgrade", upgrade="WebSocket",
+                         sec_websocket_version="13", sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==")
+        self.assertEqual((reply.status, reply.headers["upgrade"]), (426, "HTTP/1.1"))
+        self.assertEqual(reply.headers["connection"], "upgrade")
+        self.assertIn('Send a POST with "stream": true', reply.json["error"]["message"])
+        self.assertEqual(self.ask("GET", "/v1/realtime", upgrade="websocket").status, 404)
+        self.assertEqual(self.ask("GET", "/health", upgrade="websocket").status, 200)
 
     def test_errors_speak_the_dialect_of_the_path_or_of_the_client(self) -> None:
         for path, headers, anthropic in (
                 ("/v1/messages/batches", {}, True), ("/v1/messages", {}, True),
+                ("/v1//messages/batches", {}, True),
                 ("/v1/nope", {"anthropic_version": "2023-06-01"}, True),
                 ("/v1/nope", {}, False), ("/v1/models/x", {}, False)):
             reply = self.ask("GET", path, **headers)
@@ -4755,6 +4771,8 @@ RAW = [
     ("LF alone after a whole line", HEALTH + b"\n", 400, False),
     ("LF alone in a chunk", CHUNKED + b"\r\n2\n{}\n0\n\n", 400, False),
     ("NUL", HEALTH + b"A: \0\r\n\r\n", 400, False),
+    ("two content types", POST + b"Content-Type: a/b\r\nContent-Type: a/b\r\nContent-Length: 2\r\n"
+     b"\r\n{}", 400, True),
     ("two lengths", POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400, False),
     ("signed length", POST + b"Content-Length: +2\r\n\r\n{}", 400, False),
     ("length with underscore", POST + b"Content-Length: 0_2\r\n\r\n{}", 400, False),
@@ -4774,6 +4792,7 @@ RAW = [
     ("foreign Host", b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403, True),
     ("Host that begins well", GET + b"Host: localhost.evil.example\r\n\r\n", 403, True),
     ("Host is an address", b"GET /health HTTP/1.1\r\nHost: [::1]:8000\r\n\r\n", 200, True),
+    ("no Host but its colon", b"GET /health HTTP/1.1\r\nHost: :8000\r\n\r\n", 403, True),
     ("foreign Origin", HEALTH + b"Origin: https://evil.example\r\n\r\n", 403, True),
     ("Origin null", HEALTH + b"Origin: null\r\n\r\n", 403, True),
     ("local Origin", HEALTH + b"Origin: http://localhost:3000\r\nSec-Fetch-Site: cross-site\r\n\r\n",
@@ -4935,9 +4954,50 @@ class ReadingHTTP(ServerCase):
 
 # ---- Who may ask ---------------------------------------------------------------------------------
 
+MACHINE = socket.gethostname()
+
+
+class Hosts(ServerCase):
+    settings = {"allow_host": ("Box.example",)}
+
+    def check_hosts(self, status: int, hosts: Iterable[str]) -> None:
+        for host in hosts:
+            with self.subTest(host):
+                reply = self.raw(GET + b"Host: " + host.encode() + b"\r\n" + LAST)
+                self.assertEqual(reply[9:12], b"%d" % status)
+
+    def test_names_that_nobody_else_can_lead_here_are_served(self) -> None:
+        self.check_hosts(200, (
+            "localhost", "LOCALHOST:8000", "localhost.", "localhost.:8000", "a.localhost", "127.0.0.1",
+            "127.1.2.3:1", "[::1]:8000", "[::]", "0.0.0.0:8000", "192.168.1.7", "[fe80::1]:8000",
+            "host.docker.internal:8000", "gateway.docker.internal", "host.containers.internal",
+            MACHINE, MACHINE.upper() + ":8000", MACHINE.split(".")[0] + ".local", "box.example",
+            "BOX.example.:8000"))
+
+    def test_other_names_are_refused_and_the_answer_says_how_to_allow_them(self) -> None:
+        self.check_hosts(403, (
+            "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost",
+            "localhost.evil", "evil.example:8000", "notbox.example", "box.example.evil.example",
+            "host.docker.internal.evil.example", "evil.host.docker.internal", "other.local", ".local",
+            MACHINE + ".evil.example", "evil." + MACHINE, "box.example@evil.example", "localhost..",
+            "box.example,evil.example", "127.0.0.1 evil.example", "[::1].evil.example", "::1.evil.example")
+            if MACHINE != "localhost" else ())
+        reply = self.raw(GET + b"Host: box.evil.example:80\r\n" + LAST)
+        self.assertIn(b'The Host \\"box.evil.example:80\\" may be another machine', reply)
+        self.assertIn(b"--allow-host NAME", reply)
+
+    def test_on_an_address_for_others_the_key_is_the_lock(self) -> None:
+        server = self.serve(host="0.0.0.0", api_key=("secret",))
+        self.port = server.server_address[1]
+        reply = self.ask("GET", "/health", host="evil.example", x_api_key="secret")
+        self.assertEqual(reply.status, 200)
+
+
 class WebPages(ServerCase):
     """Send what a page in the user's browser can send."""
-    settings = {"allow_origin": ("https://chat.example",), "api_key": ("secret",)}
+    settings = {"api_key": ("secret",), "allow_origin": (
+        "https://chat.example", "moz-extension://*", "https://*.wild.example", "http://10.0.0.5:*",
+        "https://10.0.0.5")}
     body = {"messages": [{"role": "user", "content": "Hello!"}]}
 
     def test_a_page_of_another_site_reaches_nothing_by_a_form_without_preflight(self) -> None:
@@ -4975,11 +5035,31 @@ class WebPages(ServerCase):
             self.assertEqual(reply.headers["vary"], "origin")
 
     def test_what_looks_like_an_origin_that_is_allowed_is_not(self) -> None:
-        for origin in ("https://chat.example.evil.example", "http://chat.example", "null",
-                       "https://chat.example:8443", "https://localhost.evil.example"):
-            reply = self.ask("OPTIONS", CHAT, origin=origin, access_control_request_method="POST")
-            self.assertEqual(reply.status, 403, origin)
-            self.assertNotIn("access-control-allow-origin", reply.headers)
+        for origin in ("https://chat.example.evil.example", "http://chat.example", "null", "",
+                       "https://chat.example:8443", "https://localhost.evil.example",
+                       "https://127.0.0.1.evil.example", "https://app.evil.example", "https://app//x",
+                       "https://evil.example/app://x", "https://tauri", "myapp://x", "app", "app:", "app:x",
+                       "APP://x", "application://x", "file:", "chrome-extension://abc", "https://file://",
+                       "https://wild.example", "https://a.wild.example.evil.example",
+                       "https://evil.example:1.wild.example", "http://a.wild.example",
+                       "https://evil.example/.wild.example", "moz-extension://a/b", "moz-extension://",
+                       "http://10.0.0.5.evil.example", "http://10.0.0.5", "https://10x0x0x5"):
+            for method in ("OPTIONS", "POST"):
+                reply = self.ask(method, CHAT, self.body, origin=origin, x_api_key="secret")
+                self.assertEqual(reply.status, 403, origin)
+                self.assertNotIn("access-control-allow-origin", reply.headers)
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_programs_that_are_built_on_a_browser_are_served(self) -> None:
+        for origin in ("app://obsidian.md", "vscode-webview://0abc", "vscode-file://vscode-app",
+                       "tauri://localhost", "file://", "http://tauri.localhost", "http://[::1]:3000",
+                       "moz-extension://0a-b", "https://a.b.wild.example", "http://10.0.0.5:3000"):
+            for method, status in (("OPTIONS", 204), ("POST", 200)):
+                self.ollama.scripts = [Script()]
+                reply = self.ask(method, CHAT, self.body, origin=origin, x_api_key="secret",
+                                 sec_fetch_site="cross-site")
+                self.assertEqual((reply.status, reply.headers["access-control-allow-origin"]),
+                                 (status, origin))
 
 
 class Keys(ServerCase):
@@ -5526,6 +5606,14 @@ class CommandLine(unittest.TestCase):
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
                            (["--default-stream", "x"], "--default-stream"),
                            (["--allow-origin", "*"], "--allow-origin"),
+                           (["--allow-origin", "https://a*"], "--allow-origin"),
+                           (["--allow-origin", "https://*a"], "--allow-origin"),
+                           (["--allow-origin", "https://a.*"], "--allow-origin"),
+                           (["--allow-host", "http://a"], "--allow-host"),
+                           (["--allow-host", "a:8000"], "--allow-host"),
+                           (["--allow-host", "*"], "--allow-host"),
+                           (["--allow-host", "*.a"], "--allow-host"),
+                           (["--allow-host", ""], "--allow-host"),
                            (["--api-key", ""], "--api-key"), (["--api-key", "a "], "--api-key"),
                            (["--allow-origin", "https://a/b"], "--allow-origin"),
                            (["--tls-key", "a"], "--tls-key"),
@@ -5535,6 +5623,14 @@ class CommandLine(unittest.TestCase):
                     self.parse(*argv)
             self.assertEqual(stopped.exception.code, 2)
             self.assertIn(name, stderr.getvalue().splitlines()[-1])
+
+    def test_origins_and_hosts_that_can_be_allowed(self) -> None:
+        for origin in ("null", "https://a", "https://a:8443", "http://[::1]:3000", "https://*",
+                       "moz-extension://*", "https://*.a.example", "http://10.0.0.5:*"):
+            self.assertEqual(self.parse("--allow-origin", origin).allow_origin, (origin,))
+        config = self.parse("--allow-host", "Box.example", OLLAMA_API_ALLOW_HOST="a,b")
+        self.assertEqual(config.allow_host, ("Box.example",))
+        self.assertEqual(self.parse(OLLAMA_API_ALLOW_HOST="a,b_c-1").allow_host, ("a", "b_c-1"))
 
     def test_an_address_for_others_needs_a_key_or_a_word(self) -> None:
         self.assertEqual(self.parse("--host", "0.0.0.0", "--api-key", "k").host, "0.0.0.0")
@@ -5621,7 +5717,7 @@ class Process(ProcessCase):
         ollama.queue(script)
         process, _, port = self.start("--ollama", ollama.url, **how)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        connection.request("POST", CHAT, json.dumps({"messages": USER}))
+        connection.request("POST", CHAT, json.dumps({"messages": USER, "stream": True}))
         stream = Stream(connection)
         stream.until(b"The")
         return process, stream
