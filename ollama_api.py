@@ -341,6 +341,11 @@ def json_type(value: Any) -> str:
     return "null" if value is None else JSON_TYPES[type(value)]
 
 
+def whole(value: Any) -> Any:
+    """Return the integer that a number like 1024.0 stands for; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Field:
     """Hold a value of a body, and its place."""
     __slots__ = "body", "name", "parent", "value"
@@ -2010,7 +2015,7 @@ class Tool(NamedTuple):
         return {"name": self.name, "description": self.description, "parameters": self.schema.value}
 
     def for_ollama(self) -> JSON:
-        function = {**self.for_model(), "parameters": tool_schema(self.schema.value)}
+        function = {**self.for_model(), "parameters": tool_schema(self.schema)}
         return {"type": "function", "function": function}
 
 
@@ -2104,7 +2109,7 @@ def read_choice(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
 # Ollama turns `format` into a grammar, and some JSON schemas stop its runner, hang a model, or
 # end the whole process, for everybody. So no client's schema reaches it: SchemaReducer builds
 # a new one from the keywords that all releases accept, and reports what it leaves out.
-# tool_schema does this for `tools`, of which Ollama reads even less, and reports nothing.
+# tool_schema does this for `tools`, of which Ollama reads even less.
 
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
@@ -2204,7 +2209,7 @@ class SchemaReducer:
 
         kept: JSON = {}
         shapes = [word for word in SCHEMA_SHAPES if word in schema.value]
-        chosen = [word for word in shapes if schema.value[word] != {}][:1] or shapes[:1]
+        chosen = [word for word in shapes if schema.value[word] not in ({}, [])][:1] or shapes[:1]
         chosen += ["allOf"] if chosen == ["properties"] else []
         for word in schema.value:
             at = schema.keyword(word)
@@ -2248,7 +2253,7 @@ class SchemaReducer:
 
     def read_values(self, at: Schema) -> Reduced:
         if at.name == "enum" and not at.check(list):
-            raise at.invalid(EMPTY)
+            return None
         self.spend(at, len(plain_json(at.value)))
         return {str(at.name): at.value}
 
@@ -2298,11 +2303,12 @@ class SchemaReducer:
         of_items = at.name in ("minItems", "maxItems")
         least, most = SCHEMA_ITEMS if of_items else SCHEMA_INTEGERS
         names = ("minItems", "maxItems") if of_items else ("minimum", "maximum")
-        pair = [n for n in map(at.beside, names)
+        pair = [n for n in map(whole, map(at.beside, names))
                 if type(n) is int and least <= n <= most]
         typed = of_items or "integer" in list_of(at.beside("type"))
-        known = type(at.value) is int and at.value in pair and pair == sorted(pair)
-        return {str(at.name): at.value} if known and typed else None
+        bound = whole(at.value)
+        known = type(bound) is int and bound in pair and pair == sorted(pair)
+        return {str(at.name): bound} if known and typed else None
 
     def read_ref(self, at: Schema) -> Reduced:
         pointer = at.check(str)
@@ -2343,52 +2349,77 @@ def pointed_at(whole: Any, pointer: str) -> Any:
     return found
 
 
-def tool_schema(schema: JSON) -> JSON:
+def tool_schema(schema: Field) -> JSON:
     """Return what Ollama reads of a tool's schema. Names keep their order, for its KV cache."""
-    found = SchemaNarrower(schema).narrow(schema)
+    narrower = SchemaNarrower(schema.value)
+    found = narrower.narrow(Schema(schema.value, schema.parent, schema.name, schema.value))
+    found = without_branches(found)
     kept: JSON = {word: found[word] for word in ("properties", "required") if word in found}
     return {"type": "object", "properties": {}, **kept}
+
+
+def without_branches(schema: JSON) -> JSON:
+    """Return a schema with the properties of all its branches: Ollama reads none at the root."""
+    branches = [without_branches(branch) for branch in schema.get("anyOf", ())]
+    if not branches:
+        return schema
+    found: Dict[str, JSON] = {}  # for each property, its different schemas by their JSON
+    for branch in branches:
+        for name, part in branch.get("properties", {}).items():
+            found.setdefault(name, {})[plain_json(part)] = part
+    properties = {name: {"anyOf": [*parts.values()]} if len(parts) > 1 else part
+                  for name, parts in found.items() for part in [*parts.values()][:1]}
+    first, *others = (dict.fromkeys(branch.get("required", ())) for branch in branches)
+    required = [name for name in first if all(name in names for names in others)]
+    return merged(schema, {"properties": properties, "required": required})
 
 
 class SchemaNarrower:
     """Keep what Ollama reads of one tool's schema. References are resolved: Ollama drops them."""
 
     def __init__(self, whole: JSON) -> None:
-        self.whole = whole
         self.budget = 8 * len(plain_json(whole)) + 2000  # bytes left to spend
 
-    def narrow(self, schema: Any, within: Tuple[str, ...] = ()) -> JSON:
+    def narrow(self, schema: Schema, within: Tuple[str, ...] = ()) -> JSON:
         """Return what Ollama reads of one part, to which the references and steps in `within` led.
         Repeated references could make it huge: what exceeds the budget is left out."""
         kept: JSON = {}
         self.budget -= 20  # a part's own cost
-        for word, value in schema.items() if isinstance(schema, dict) else ():
+        for word in schema.value if isinstance(schema.value, dict) else ():
             self.budget -= len(word)
             if self.budget < 0 or len(within) > SCHEMA_LEVELS:
+                schema.ignore()
                 break
-            for found in self.narrow_word(word, value, within):
+            for found in self.narrow_word(schema.keyword(word), within):
                 if word == "allOf":  # for each of its parts, `merged` copies all that is kept
                     self.budget -= sum(map(len, kept.values()))
                 kept = merged(kept, found)
         return kept
 
-    def narrow_word(self, word: str, value: Any, within: Tuple[str, ...]) -> Iterator[JSON]:
+    def narrow_word(self, at: Schema, within: Tuple[str, ...]) -> Iterator[JSON]:
         """Yield what a keyword stands for: several schemas for allOf, otherwise at most one."""
+        word, value = str(at.name), at.value
         deeper = (*within, "")
-        if word == "$ref" and isinstance(value, str):
-            if value not in within:
-                yield self.narrow(pointed_at(self.whole, value), (*within, value))
+        new = word == "$ref" and isinstance(value, str) and value not in within
+        target = pointed_at(at.whole, value) if new else None
+        if target is not None:
+            yield self.narrow(Schema(target, at.parent, at.name, at.whole), (*within, value))
         elif word == "allOf":
-            yield from (self.narrow(part, deeper) for part in list_of(value))
+            yield from (self.narrow(at.member(part, n), deeper)
+                        for n, part in enumerate(list_of(value)))
         elif word == "properties" and isinstance(value, dict):
             self.budget -= sum(map(len, value))
-            yield {word: {name: self.narrow(part, deeper) for name, part in value.items()}}
+            yield {word: {name: self.narrow(at.member(part, name), deeper)
+                          for name, part in value.items()}}
         elif word in ("anyOf", "oneOf") and isinstance(value, list) and value:
-            yield {"anyOf": [self.narrow(part, deeper) for part in value]}
+            yield {"anyOf": [self.narrow(at.member(part, n), deeper)
+                             for n, part in enumerate(value)]}
         elif word == "items":
-            yield {word: self.narrow(value, deeper)}
+            yield {word: self.narrow(at, deeper)}
         else:
             found = narrow_value(word, value)
+            if found.get(word, value if found else None) != value and word not in SCHEMA_NOTES:
+                at.ignore()
             self.budget -= len(plain_json(found))
             if self.budget >= 0:
                 yield found

@@ -3929,7 +3929,7 @@ SCHEMAS: List[Any] = [
 ]
 BAD_SCHEMAS: List[Any] = [
     (5, "s: must be an object, not an integer"), (None, "s: must be an object, not null"),
-    ({"enum": []}, "s.enum: must not be empty"), ({"enum": "x"}, "s.enum: must be a list"),
+    ({"enum": "x"}, "s.enum: must be a list"),
     ({"anyOf": []}, "s.anyOf: must not be empty"), ({"type": 5}, "s.type.0: must be a string"),
     ({"properties": []}, "s.properties: must be an object"),
     ({"required": ["a"], "properties": 5}, "s.properties: must be an object"),
@@ -3955,6 +3955,12 @@ def grammar_schema(schema: Any, path: str) -> Tuple[Any, List[str]]:
     body = ollama_api.Body({path: schema}, Config())
     reducer = ollama_api.SchemaReducer()
     return reducer.finish(reducer.read(body.at(path))), body.ignored
+
+
+def tool_schema(schema: Any, path: str = "s") -> Tuple[Any, List[str]]:
+    """Return what Ollama is given of a tool's schema, and the paths of what is left out."""
+    body = ollama_api.Body({path: schema}, Config())
+    return ollama_api.tool_schema(body.at(path)), body.ignored
 
 
 class Schemas(unittest.TestCase):
@@ -3996,7 +4002,7 @@ class Schemas(unittest.TestCase):
                               {"x": {"allOf": [0] * 20_000}, "allOf": [{"$ref": "#/x"}] * 20_000}]
         for schema in schemas:
             started = time.process_time()
-            ollama_api.tool_schema(schema)
+            tool_schema(schema)
             self.assertLess(time.process_time() - started, 2)
 
     def test_what_is_referred_to_often_does_not_make_much_of_little(self) -> None:
@@ -4007,7 +4013,7 @@ class Schemas(unittest.TestCase):
         schema = {"properties": many, "$defs": big}
         found, _ = grammar_schema(schema, "s")
         self.assertLess(len(json.dumps(found)), 2 * len(json.dumps(schema)))
-        found = ollama_api.tool_schema(schema)
+        found, _ = tool_schema(schema)
         self.assertLess(len(json.dumps(found)), 10 * len(json.dumps(schema)))
         inner: Any = {"enum": ["x" * 50000]}
         for _ in range(50):
@@ -4025,49 +4031,70 @@ class Schemas(unittest.TestCase):
         self.assertLess(len("".join(left_out)), 64 * 200)
 
 
-# A tool's schema, and what Ollama is given for it. Some of these it would refuse, and with them the
-# whole request.
+# A tool's schema, what Ollama is given for it, and what is left out. Some of these it would refuse,
+# and with them the whole request.
+EITHER = [prop({"const": 1}, required=["a", "b"]), {"properties": {"b": {}, "c": {"type": "null"}},
+                                                   "required": ["b"], "not": {}}]
 TOOL_SCHEMAS: List[Any] = [
-    ({}, {"type": "object", "properties": {}}),
-    ({"type": 5, "properties": [], "required": "a"}, {"type": "object", "properties": {}}),
-    (prop({"type": "string", "enum": []}), prop({"type": "string"})),
-    (prop({"type": "string", "enum": "x", "description": 5}), prop({"type": "string"})),
-    (prop({"enum": ["x", 1, None], "description": "D"}), prop({"enum": ["x", 1, None], "description": "D"})),
-    (prop({"type": ["string", "thing", "null"]}), prop({"type": ["string", "null"]})),
-    (prop({"type": "thing"}), prop({})), (prop(True), prop({})), (prop({"const": [1]}), prop({"enum": [[1]]})),
+    ({}, {"type": "object", "properties": {}}, ""),
+    ({"type": 5, "properties": [], "required": "a"}, {"type": "object", "properties": {}},
+     "s.type s.properties s.required"),
+    (prop({"type": "string", "enum": []}), prop({"type": "string"}), "s.properties.a.enum"),
+    (prop({"type": "string", "enum": "x", "description": 5}), prop({"type": "string"}),
+     "s.properties.a.enum"),
+    (prop({"enum": ["x", 1, None], "description": "D", "title": "T"}),
+     prop({"enum": ["x", 1, None], "description": "D"}), ""),
+    (prop({"type": ["string", "thing", "null"]}), prop({"type": ["string", "null"]}),
+     "s.properties.a.type"),
+    (prop({"type": "thing"}), prop({}), "s.properties.a.type"), (prop(True), prop({}), ""),
+    (prop({"const": [1]}), prop({"enum": [[1]]}), ""),
     (prop({"type": "array", "items": {"type": "integer", "pattern": "(?=x)"}}),
-     prop({"type": "array", "items": {"type": "integer"}})),
+     prop({"type": "array", "items": {"type": "integer"}}), "s.properties.a.items.pattern"),
     (prop({"oneOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}),
-     prop({"anyOf": [{"type": "string"}, {"type": "null"}]})),
-    (prop({"anyOf": []}, required=["a", 5]), prop({}, required=["a"])),
+     prop({"anyOf": [{"type": "string"}, {"type": "null"}]}), "s.properties.a.oneOf.0.format"),
+    (prop({"anyOf": []}, required=["a", 5]), prop({}, required=["a"]),
+     "s.properties.a.anyOf s.required"),
     (prop({"$ref": "#/$defs/x", "description": "D"}, **{"$defs": {"x": prop({"type": "null"})}}),
-     prop({**prop({"type": "null"}), "description": "D"})),
+     prop({**prop({"type": "null"}), "description": "D"}), ""),
     (prop({"allOf": [{"$ref": "#/definitions/x"}]}, definitions={"x": {"enum": ["y"]}}),
-     prop({"enum": ["y"]})),
-    (prop({"$ref": "#/$defs/none"}), prop({})), (prop({"$ref": "https://a"}), prop({})),
+     prop({"enum": ["y"]}), ""),
+    (prop({"$ref": "#/$defs/none"}), prop({}), "s.properties.a.$ref"),
+    (prop({"$ref": "https://a"}), prop({}), "s.properties.a.$ref"),
     ({**prop({}, required=["a"]), "allOf": [{"$ref": "#/$defs/b"}, {"properties": {"c": {}}}],
       "$defs": {"b": {"properties": {"b": {}}, "required": ["b", "a"]}}},
-     {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"]}),
+     {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"]}, ""),
     (prop({"$ref": "#/$defs/b", "properties": {"z": {}}}, **{"$defs": {"b": {"properties": {"b": {}}}}}),
-     prop({"properties": {"b": {}, "z": {}}})),
-    (prop({"$ref": "#"}), prop(prop({}))),
+     prop({"properties": {"b": {}, "z": {}}}), ""),
+    (prop({"$ref": "#"}), prop(prop({})), "s.properties.a.$ref.properties.a.$ref"),
     ({"properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}, "type": "object"},
-     {"type": "object", "properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}}),
+     {"type": "object", "properties": {"b": {}, "a": {"properties": {"d": {}, "c": {}}}}}, ""),
+    (prop({"type": "string"}, additionalProperties=False, minProperties=1),
+     prop({"type": "string"}), "s.additionalProperties s.minProperties"),
+    ({"anyOf": EITHER}, {"type": "object", "properties": {
+        "a": {"enum": [1]}, "b": {}, "c": {"type": "null"}}, "required": ["b"]}, "s.anyOf.1.not"),
+    ({**prop({}, required=["z"]), "oneOf": [*EITHER, prop({"const": 2}, required=["b"])]},
+     {"type": "object", "properties": {"a": {"anyOf": [{"enum": [1]}, {"enum": [2]}]}, "b": {},
+                                       "c": {"type": "null"}}, "required": ["z", "b"]},
+     "s.oneOf.1.not"),
+    ({"$ref": "#/$defs/x", "$defs": {"x": {"anyOf": [{"anyOf": [prop({}, required=["a"])]},
+                                                     {"type": "null"}]}}}, prop({}, required=[]), ""),
 ]
 
 
 class ToolSchemas(unittest.TestCase):
 
-    def test_what_ollama_is_given(self) -> None:
-        for schema, wanted in TOOL_SCHEMAS:
+    def test_what_ollama_is_given_and_what_is_left_out(self) -> None:
+        for schema, wanted, left_out in TOOL_SCHEMAS:
             with self.subTest(schema=schema):
-                self.assertEqual(json.dumps(ollama_api.tool_schema(schema)), json.dumps(wanted))
+                found, missing = tool_schema(schema)
+                self.assertEqual(json.dumps(found), json.dumps(wanted))
+                self.assertEqual(missing, left_out.split())
 
     def test_little_cannot_become_endless(self) -> None:
         twice = {f"d{n}": {"properties": {"a": {"$ref": f"#/$defs/d{n + 1}"},
                                           "b": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(50)}
         for schema in ({"$defs": twice, **twice["d0"]}, nested(90)):
-            found = json.dumps(ollama_api.tool_schema(prop(schema, **{"$defs": twice})))
+            found = json.dumps(tool_schema(prop(schema, **{"$defs": twice}))[0])
             self.assertLess(len(found), 20 * len(json.dumps([schema, twice])))
 
 
