@@ -27,9 +27,11 @@ Endpoints
 Contents of this file, from top to bottom
     Configuration                  all options, defaults and limits
     Questions and events           what all dialects share: a question, the events of its answer
-    Reading requests               fields, options, earlier tool calls
+    Reading requests               fields, options, strict JSON
+    Messages and calls             the conversation so far, as Ollama gets it
     Frames                         the pieces that replies are made of
     Anthropic Messages             a dialect
+    Blocks and tools of Messages   what its messages consist of
     OpenAI's words                 what the next three sections have in common
     OpenAI Chat Completions        a dialect
     Completions and Embeddings     OpenAI's smaller endpoints
@@ -61,6 +63,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
+import collections
 import contextlib
 import dataclasses
 import email.utils
@@ -90,7 +93,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
+from typing import (Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
                     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
                     TypedDict, TypeVar, Union, cast)
 
@@ -124,7 +127,8 @@ class Config:
         type=int, metavar="N")
     default_stream: str = option(
         "auto", "stream chat completions that do not say whether to: on, off, or auto (on for "
-        "curl and Python's requests, off for SDKs)", choices=("auto", "on", "off"))
+        "curl, Wget, HTTPie and Python's requests and urllib, off for all others)",
+        choices=("auto", "on", "off"))
     ping: float = option(
         15.0, "seconds of silence after which a stream gets a keep-alive ping",
         type=float, metavar="SECONDS")
@@ -335,6 +339,8 @@ JSON_TYPES: Dict[type, str] = {
 REPORTED_FIELDS = 64
 EMPTY = "must not be empty"
 NO_TEXT = "(no text)"  # of a tool: models take an empty result for a failure
+GO_ON = "Continue."  # where the user has said nothing
+SENT_BACK = {"type", "id", "status", "index"}  # with an earlier answer; they ask for nothing
 
 
 def json_type(value: Any) -> str:
@@ -370,15 +376,23 @@ class Field:
     def ignore(self) -> None:
         """Report this field as ignored."""
         ignored = self.body.ignored
-        if len(ignored) < REPORTED_FIELDS:
+        if len(ignored) < REPORTED_FIELDS and self.path not in ignored:
             ignored.append(self.path)
 
+    def ignore_others(self, *read: str) -> None:
+        """Report as ignored what this object asks for in fields that are not `read`."""
+        for name, value in self.value.items():
+            if value and name not in read and name not in SENT_BACK:
+                self.at(name).ignore()
+
     def check(self, expected: Type[T]) -> T:
-        """Return the value if it has the expected type. An integer is a number; true is not."""
-        found = type(self.value)
+        """Return the value if it has the expected type. An integer is a number; true is not.
+        A number like 1024.0 is an integer."""
+        value = whole(self.value) if expected is int else self.value
+        found = type(value)
         if found is not expected and (found, expected) != (int, float):
-            raise self.invalid(f"must be {JSON_TYPES[expected]}, not {json_type(self.value)}")
-        return cast(T, self.value)
+            raise self.invalid(f"must be {JSON_TYPES[expected]}, not {json_type(value)}")
+        return cast(T, value)
 
     def word(self, words: Iterable[str]) -> str:
         """Return the value, one of `words`."""
@@ -465,15 +479,16 @@ class Option(NamedTuple):
     name: str
     type: type
     at_least: float = float("-inf")
+    or_just: Optional[int] = None  # a value below at_least
 
 
 def read_options(body: Field, table: Mapping[str, Option]) -> JSON:
     options: JSON = {}
-    for field, (name, expected, at_least) in table.items():
+    for field, (name, expected, at_least, or_just) in table.items():
         value = body.get(field, expected)
         if value is None:
             continue
-        if value < at_least:
+        if value < at_least and value != or_just:
             raise body.at(field).invalid(f"must be at least {at_least:g}")
         if abs(value) >= 2**63:
             raise body.at(field).invalid("is too large a number")
@@ -499,8 +514,7 @@ def read_ollama_options(body: Field, table: Mapping[str, Option]) -> Tuple[JSON,
 
 def model_of(body: Body) -> str:
     """Return the model that the client names, or else the default one."""
-    name = body.get("model", str)
-    return body.config.model if name is None else name
+    return body.get("model", str) or body.config.model
 
 
 def keep_alive_of(body: Field) -> OllamaRequest:
@@ -512,86 +526,42 @@ def keep_alive_of(body: Field) -> OllamaRequest:
 
 
 def stop_texts(owner: Field, name: str) -> List[str]:
-    """Return a list of stop texts, few and short enough to look for after each token."""
-    texts = [stop_text(text) for text in owner.each(name, str)]
+    """Return a list of stop texts, few and short enough to look for after each token. Empty
+    ones, which would stop nothing, are skipped."""
+    texts = [stop_text(text) for text in owner.each(name, str) if text.value]
     if len(texts) > 64:
         raise owner.at(name).invalid("must not be more than 64")
     return texts
 
 
 def stop_text(text: Field) -> str:
-    if not 0 < len(text.value) <= 1000:
+    if len(text.value) > 1000:
         raise text.invalid("must have from 1 to 1000 characters")
     return str(text.value)
 
 
-def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
-    """Build a message. Texts are joined by blank lines. Only content may be empty."""
-    values: Dict[str, List[Any]] = {}
-    for key, value in parts:
-        values.setdefault(key, []).append(value)
-    message: OllamaMessage = {"role": role, "content": "\n\n".join(values.get("content", ()))}
-    if any(values.get("thinking", ())):
-        message["thinking"] = "\n\n".join(values["thinking"])
-    if "images" in values:
-        message["images"] = values["images"]
-    if "tool_calls" in values:
-        message["tool_calls"] = values["tool_calls"]
-    return message
-
-
-def system_first(messages: List[OllamaMessage]) -> List[OllamaMessage]:
-    """Join the system texts before the first answer; later ones become user text. Moved to the
-    front, they would cost Ollama its KV cache (Claude Code has sent some since 2.1.154)."""
-    early: List[str] = []
-    turns: List[OllamaMessage] = []
-    answered = False
-    for message in messages:
-        answered = answered or message["role"] == "assistant"
-        if message["role"] != "system":
-            turns.append(message)
-        elif answered:
-            turns.append({"role": "user", "content": message["content"]})
-        else:
-            early.append(message["content"])
-    system: OllamaMessage = {"role": "system", "content": "\n\n".join(early)}
-    return [system, *turns] if early else turns
-
-
-class History:
-    """Remember the tool calls read so far, for their results. The ids that Ollama gets have nine
-    letters and digits: Mistral's templates demand it (llama.cpp #26359)."""
-
-    def __init__(self) -> None:
-        self.calls: Dict[str, Tuple[str, str]] = {}  # client's id: (Ollama's id, name)
-        self.count = 0
-
-    def add_call(self, id: str, name: str, arguments: JSON) -> JSON:
-        """Remember a call, and return it in Ollama's form."""
-        self.count += 1
-        own = f"call{self.count:05}"
-        self.calls[id] = own, name
-        function = {"name": name, "arguments": arguments}
-        return {"id": own, "function": function}
-
-    def result(self, id: Field) -> OllamaMessage:
-        """Return the fields of a tool message that say which call it answers."""
-        if id.value not in self.calls:
-            raise id.invalid(f"no tool call before has the id {dumps(id.value)}")
-        call, name = self.calls[id.value]
-        return {"role": "tool", "tool_name": name, "tool_call_id": call}
-
-
 def base64_text(field: Field, start: int = 0) -> str:
-    """Return what follows `start` in a string, if it is base64."""
+    """Return the base64 after `start` in a string, in the plain form that Ollama reads (RFC 4648,
+    4). Line breaks, URL-safe letters and missing padding lose nothing: they are accepted."""
     data: str = field.value[start:]
+    problem = base64_problem(data)
+    if problem:
+        data = re.sub(r"\s+", "", urllib.parse.unquote(data)).rstrip("=")
+        data = data.replace("-", "+").replace("_", "/") + "=" * (-len(data) % 4)
+        problem = base64_problem(data)
+    if problem:
+        raise field.invalid(f"is not base64: {problem}")
     if not data:
         raise field.invalid(EMPTY)
-    try:
-        base64.b64decode(data, validate=True)
-    except ValueError as error:
-        raise field.invalid(f"is not base64: {error}") from error
     return data
+
+
+def base64_problem(text: str) -> Optional[str]:
+    try:
+        base64.b64decode(text, validate=True)
+    except ValueError as error:
+        return str(error)
+    return "Incorrect padding" if len(text) % 4 else None
 
 
 def list_of(value: Any) -> List[Any]:
@@ -621,7 +591,7 @@ def strict_json(data: bytes, depth: int) -> Any:
     no Infinity, no lone surrogate. Of equal keys the last counts. ValueError says what is wrong."""
     if too_deep(data, depth):
         raise ValueError(f"it is nested deeper than {depth} levels")
-    value = READER.decode(data.decode())
+    value = READER.decode(data.decode("utf-8-sig"))  # Windows likes to begin with a mark
     if b"\\u" in data:
         json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
     return value
@@ -636,6 +606,120 @@ def too_deep(data: bytes, most: int) -> bool:
     steps = STRINGS.sub(b"", strings).translate(STEPS, NO_BRACKETS)
     depths = itertools.accumulate(memoryview(steps).cast("b"))
     return bool(steps) and max(depths) > most
+
+
+# ---- Messages and calls --------------------------------------------------------------------------
+# How dialects build the conversation for Ollama. Its messages have the order that all models'
+# templates accept, and each tool result says which call it answers. What a model once wrote
+# is never refused when it comes back: that would end the client's session.
+
+def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
+    """Build a message. Texts are joined by blank lines. Only content may be empty."""
+    values: Dict[str, List[Any]] = {}
+    for key, value in parts:
+        values.setdefault(key, []).append(value)
+    message: OllamaMessage = {"role": role, "content": "\n\n".join(values.get("content", ()))}
+    if any(values.get("thinking", ())):
+        message["thinking"] = "\n\n".join(values["thinking"])
+    if "images" in values:
+        message["images"] = values["images"]
+    if "tool_calls" in values:
+        message["tool_calls"] = values["tool_calls"]
+    return message
+
+
+def for_templates(messages: List[OllamaMessage]) -> List[OllamaMessage]:
+    """Return the messages in the order that the templates of all models accept.
+
+    System texts before the first answer are joined; later ones become user text: moved to the
+    front, they would cost Ollama its KV cache (Claude Code has sent some since 2.1.154). Some
+    text is the user's: without one, qwen3's template fails (after the client's compaction)."""
+    early: List[str] = []
+    turns: List[OllamaMessage] = []
+    answered = False
+    for message in messages:
+        answered = answered or message["role"] == "assistant"
+        if message["role"] != "system":
+            turns.append(message)
+        elif answered:
+            turns.append({"role": "user", "content": message["content"]})
+        else:
+            early.append(message["content"])
+    if all(message["role"] != "user" for message in turns):
+        turns.insert(0, {"role": "user", "content": GO_ON})
+    system: OllamaMessage = {"role": "system", "content": "\n\n".join(early)}
+    return [system, *turns] if early else turns
+
+
+class History:
+    """Remember the tool calls read so far, for their results, and what messages say of tools.
+    Some models number their calls anew in each turn, or give all of a turn the same id: equal
+    ids are paired in their order. The ids that Ollama gets have nine letters and digits:
+    Mistral's templates demand it (llama.cpp #26359)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        # The client's id, or a name or "" for a call without: (Ollama's id, name of the tool)
+        self.unanswered: Dict[str, Deque[Tuple[str, str]]] = {}
+        self.latest: Dict[str, Tuple[str, str]] = {}
+        self.dropped: Set[str] = set()  # ids of calls that no model will see
+        self.offered: Dict[str, bool] = {}  # tools that messages announce, or withdraw
+        self.definitions: List[Field] = []  # tools that messages define
+
+    def add_call(self, id: str, name: str, arguments: JSON) -> JSON:
+        """Remember a call, and return it in Ollama's form."""
+        self.count += 1
+        call = f"call{self.count:05}", name
+        for key in [id] if id else {name, ""}:
+            self.unanswered.setdefault(key, collections.deque()).append(call)
+            self.latest[key] = call
+        return {"id": call[0], "function": {"name": name, "arguments": arguments}}
+
+    def end_turn(self) -> None:
+        """Wait no longer for results: the user speaks again."""
+        self.unanswered.clear()
+
+    def drop(self, owner: Field, key: str) -> None:
+        """Report as ignored what no model will see. If it is a call, its result is dropped too."""
+        id = owner.value.get(key)
+        if id and isinstance(id, str):
+            self.dropped.add(id)
+        owner.ignore()
+
+    def result(self, owner: Field, key: str, name: Optional[str] = None) -> OllamaMessage:
+        """Return the fields of a tool message that say which call it answers: the one whose id
+        stands in the field `key`, or else any of the tool `name`."""
+        id = owner.get(key, str)
+        if id is None and not name:
+            raise owner.at(key).invalid("is required")
+        known = id or name or ""
+        if known in self.latest:
+            if self.unanswered.get(known):
+                self.latest[known] = self.unanswered[known].popleft()
+            own, name = self.latest[known]
+            return {"role": "tool", "tool_name": name, "tool_call_id": own}
+        if not name:
+            raise owner.at(key).invalid(f"no tool call before has the id {dumps(id)}")
+        return {"role": "tool", "tool_name": name}
+
+
+def arguments_of(field: Field) -> JSON:
+    """Return the arguments of an earlier call: an object, or JSON text of one. Anything else stays
+    text, for the model to read."""
+    value = field.value
+    if isinstance(value, str) and value.strip():
+        with contextlib.suppress(ValueError):
+            value = strict_json(value.encode(), field.body.config.json_depth)
+    if isinstance(value, dict):
+        return value
+    empty = value is None or field.value == [] or not text_in(field).strip()
+    return {} if empty else {"arguments": text_in(field)}
+
+
+def text_in(field: Field) -> str:
+    """Return the text of a field; of another value its JSON; of an absent one nothing."""
+    value = field.value
+    return value if isinstance(value, str) else "" if value is None else plain_json(value)
 
 
 # ---- Frames --------------------------------------------------------------------------------------
@@ -709,7 +793,7 @@ def count_tokens(context: Context) -> Reply:
 
 
 MESSAGES_OPTIONS = {
-    "max_tokens": Option("num_predict", int, at_least=1),
+    "max_tokens": Option("num_predict", int, at_least=0),  # 0 is documented: it fills the cache
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float),
     "top_k": Option("top_k", int)}
@@ -728,17 +812,17 @@ def messages_request(body: Body) -> Question:
             details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
     ignore_unread(body, MESSAGES_FIELDS)
     body.need("messages", list)
-    turns = [message for turn in body.each("messages") for message in messages_turn(turn)]
+    turns = [message for turn in uncompacted(body) for message in messages_turn(turn)]
     if not turns:
         raise body.at("messages").invalid(EMPTY)
 
     # Claude Code's billing header changes each time, and Ollama would lose its KV cache.
-    texts = [block.need("text", str) for block in body.blocks("system")]
+    texts = [text for block in body.blocks("system") for _, text in plain_block(block)]
     system = [message_of("system", [("content", text)]) for text in texts
               if text and not text.startswith("x-anthropic-billing-header")]
     question = Question(
         {"model": model_of(body),
-         "messages": system_first(system + turns),
+         "messages": for_templates(system + turns),
          "think": messages_think(body),
          "options": read_options(body, MESSAGES_OPTIONS)},
         stream=bool(body.get("stream", bool)),
@@ -750,146 +834,13 @@ def messages_request(body: Body) -> Question:
     return question
 
 
-def messages_turn(turn: Field) -> Messages:
-    """Translate one of `messages`. Tool results in it become messages before the rest."""
-    role = turn.one_of("role", ("user", "assistant", "system"))
-    turn.need("content", object)
-    parts = list(messages_parts(turn, "content", role))
-
-    results = [value for key, value in parts if key == "results"]
-    yield from results
-    message = message_of(role, (part for part in parts if part[0] != "results"))
-    if not results or message != {"role": role, "content": ""}:
-        yield message
-
-
-def messages_parts(owner: Field, name: str, role: str) -> Parts:
-    """Yield the parts of the content blocks in a field. Unknown blocks are dropped."""
-    for block in owner.blocks(name):
-        block_type = block.need("type", str)
-        roles, read = MESSAGES_BLOCKS.get(block_type, ((role,), dropped_block))
-        if role not in roles:
-            raise block.at("type").invalid(f"{block_type} cannot be in content of role {role}")
-        yield from read(block)
-
-
-def nested_parts(owner: Field) -> Tuple[List[str], List[Part]]:
-    """Return the texts and the images inside a tool result, document or search result."""
-    parts = list(messages_parts(owner, "content", "tool"))
-    texts = [value for key, value in parts if key == "content"]
-    return texts, [part for part in parts if part[0] == "images"]
-
-
-def plain_block(block: Field) -> Parts:
-    """Yield the text of a text or thinking block: its field has the name of the type."""
-    name = block.value["type"]
-    yield "thinking" if name == "thinking" else "content", block.need(name, str)
-
-
-def dropped_block(block: Field) -> Parts:
-    block.ignore()
-    return iter(())
-
-
-def image_block(block: Field) -> Parts:
-    _, source = source_of(block, ("base64",))
-    yield "images", base64_text(source.needed("data", str))
-
-
-def document_block(block: Field) -> Parts:
-    """Inline a document. A PDF becomes a note: refused, it would end a session of Claude Code."""
-    source_type, source = source_of(block, ("text", "content", "base64"))
-    title = plain_json(block.get("title", str) or "")
-    context = block.get("context", str)
-    images: List[Part] = []
-    if source_type == "text":
-        texts = [source.need("data", str)]
-    elif source_type == "content":
-        texts, images = nested_parts(source)
-    else:
-        block.ignore()
-        texts = [f"({source.value.get('media_type')}: cannot be read here)"]
-
-    yield from images
-    text = "\n\n".join(filter(None, [context, *texts]))
-    yield "content", f"<document title={title}>\n{text}\n</document>"
-
-
-def source_of(block: Field, types: Sequence[str]) -> Tuple[str, Field]:
-    source = block.needed("source")
-    source_type = source.need("type", str)
-    if source_type not in types:
-        raise source.at("type").invalid(f"must be {' or '.join(types)}, not "
-                                        f"{dumps(source_type)}: this server fetches nothing")
-    return source_type, source
-
-
-def search_result_block(block: Field) -> Parts:
-    title = block.need("title", str)
-    source = block.need("source", str)
-    texts, images = nested_parts(block)
-    yield "content", "\n\n".join([f"{title} ({source})", *texts])
-    yield from images
-
-
-def tool_use_block(block: Field) -> Parts:
-    id = block.need("id", str)
-    name = block.need("name", str)
-    call = block.body.history.add_call(id, name, block.need("input", dict))
-    yield "tool_calls", call
-
-
-def tool_result_block(block: Field) -> Parts:
-    head = block.body.history.result(block.needed("tool_use_id", str))
-    texts, images = nested_parts(block)
-    texts = [*filter(None, texts)] or [NO_TEXT]
-    if block.get("is_error", bool):
-        texts[0] = "The tool failed: " + texts[0]
-    parts = [("content", text) for text in texts]
-    message = message_of("tool", parts + images)
-    message.update(head)
-    yield "results", message
-
-
-def tool_reference_block(block: Field) -> Parts:
-    yield "content", "Tool loaded: " + block.need("tool_name", str)
-
-
-# block type: (roles whose content may have it, reader). For the role tool see nested_parts.
-MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[Field], Parts]]] = {
-    "text": (("user", "assistant", "system", "tool"), plain_block),
-    "image": (("user", "tool"), image_block),
-    "document": (("user", "tool"), document_block),
-    "search_result": (("user", "tool"), search_result_block),
-    "mid_conv_system": (("user",), lambda block: messages_parts(block, "content", "system")),
-    "thinking": (("assistant",), plain_block),
-    "redacted_thinking": (("assistant",), dropped_block),
-    "tool_use": (("assistant",), tool_use_block),
-    "tool_result": (("user",), tool_result_block),
-    "tool_reference": (("tool",), tool_reference_block)}
-
-
-def messages_tools(body: Field) -> Choice:
-    """Return how tools may be called (none, auto or required), and which of them.
-    Deferred tools are not offered, nor are Anthropic's own, which have a type other than custom."""
-    tools = []
-    for tool in body.each("tools"):
-        custom = (tool.get("type", str) or "custom") == "custom"
-        if custom and not tool.get("defer_loading", bool):
-            tools.append(tool_of(tool, "input_schema"))
-        else:
-            tool.ignore()
-
-    choice = body.object("tool_choice")
-    if not choice.value:
-        return "auto", tools
-    choice_type = choice.one_of("type", ("auto", "any", "tool", "none"))
-    if choice_type == "tool":
-        name = choice.one_of("name", [tool.name for tool in tools])
-        return "required", [tool for tool in tools if tool.name == name][:1]
-    if choice_type == "any" and not tools:
-        raise choice.at("type").invalid("is any, but no tool is offered")
-    return "required" if choice_type == "any" else choice_type, tools
+def uncompacted(body: Body) -> List[Field]:
+    """Return the messages from the last compaction on: its text stands for all before."""
+    turns = list(body.each("messages"))
+    starts = [index for index, turn in enumerate(turns)
+              for block in list_of(turn.value.get("content")) if isinstance(block, dict)
+              and block.get("type") == "compaction" and block.get("content")]
+    return turns[starts[-1] if starts else 0:]
 
 
 def messages_format(body: Field) -> Optional[Field]:
@@ -998,6 +949,258 @@ def messages_error(error: APIError, request_id: str) -> JSON:
     return {"type": "error", "error": content, "request_id": request_id}
 
 
+# ---- Blocks and tools of Messages ----------------------------------------------------------------
+# Content blocks become the parts that message_of joins. Unknown ones are dropped and named, as
+# are Anthropic's own tools, whose results are read as text; OpenAI's are refused, because a
+# model would never see them. Tools are offered from the message on that announces them.
+
+def messages_turn(turn: Field) -> Messages:
+    """Translate one of `messages`. Tool results in it become messages before the rest."""
+    role = turn.one_of("role", ("user", "assistant", "system"))
+    for name, ours in (("tool_calls", "tool_use"), ("tool_call_id", "tool_result")):
+        if turn.value.get(name):
+            raise turn.at(name).invalid(f"is OpenAI's: Messages has blocks of type {ours}")
+    if role != "system" or turn.value.get("output_config") is None:
+        turn.need("content", object)
+    turn.ignore_others("role", "content")
+    parts = list(messages_parts(turn, "content", role))
+    if role == "user":
+        turn.body.history.end_turn()
+
+    before = [value for key, value in parts if key == "before"]
+    yield from before
+    dropped = not parts and turn.value.get("content") != []
+    message = message_of(role, (part for part in parts if part[0] != "before"))
+    if not dropped and not (before and message == {"role": role, "content": ""}):
+        yield message
+
+
+def messages_parts(owner: Field, name: str, role: str) -> Parts:
+    """Yield the parts of the content blocks in a field, whose key is one of message_of's, or
+    `before` for a whole message. Unknown blocks are dropped."""
+    for block in owner.blocks(name):
+        block_type = block.need("type", str)
+        if block_type in FOREIGN_BLOCKS:
+            raise block.at("type").invalid(f"{block_type} is OpenAI's: Messages calls it "
+                                           f"{FOREIGN_BLOCKS[block_type]}")
+        roles, read = MESSAGES_BLOCKS.get(block_type, ((role,), other_block))
+        if role not in roles:
+            raise block.at("type").invalid(f"{block_type} cannot be in content of role {role}")
+        yield from read(block)
+
+
+def nested_parts(owner: Field) -> Tuple[List[str], List[Part]]:
+    """Return the texts and the images inside a tool result, document or search result."""
+    parts = list(messages_parts(owner, "content", "tool"))
+    texts = [value for key, value in parts if key == "content"]
+    return texts, [part for part in parts if part[0] == "images"]
+
+
+def plain_block(block: Field) -> Parts:
+    """Yield the text of a text or thinking block: its field has the name of the type."""
+    name = "thinking" if block.value.get("type") == "thinking" else "text"
+    block.ignore_others(name, "signature")
+    yield "thinking" if name == "thinking" else "content", block.need(name, str)
+
+
+def dropped_block(block: Field) -> Parts:
+    block.body.history.drop(block, "id")
+    return iter(())
+
+
+def other_block(block: Field) -> Parts:
+    """Yield the text in a block that we do not know, like a result of one of Anthropic's tools."""
+    texts = [*filter(None, readable(block.value))]
+    if not texts:
+        return dropped_block(block)
+    return iter([("content", "\n".join(texts))])
+
+
+def readable(value: Any) -> Iterator[str]:
+    """Yield the texts that are meant for the model in a part of a block of any type."""
+    for item in list_of(value):
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            for name in ("title", "url", "text", "stdout", "stderr", "source", "content"):
+                yield from readable(item.get(name, ()))
+            if item.get("type") == "text" and isinstance(item.get("data"), str):
+                yield item["data"]
+
+
+def compaction_block(block: Field) -> Parts:
+    """Yield the summary of all that was said before, as a message; null if compacting failed."""
+    yield from messages_parts(block, "tool_changes", "system")
+    text = block.get("content", str)
+    if text:
+        yield "before", {"role": "user", "content": text}
+
+
+def image_block(block: Field) -> Parts:
+    block.ignore_others("source")
+    _, source = source_of(block, ("base64",))
+    yield "images", base64_text(source.needed("data", str))
+
+
+def document_block(block: Field) -> Parts:
+    """Inline a document. A PDF becomes a note: refused, it would end a session of Claude Code."""
+    block.ignore_others("source", "title", "context")
+    source_type, source = source_of(block, ("text", "content", "base64"))
+    title = plain_json(block.get("title", str) or "")
+    context = block.get("context", str)
+    images: List[Part] = []
+    if source_type == "text":
+        texts = [source.need("data", str)]
+    elif source_type == "content":
+        texts, images = nested_parts(source)
+    else:
+        block.ignore()
+        texts = [f"({source.value.get('media_type')}: cannot be read here)"]
+
+    yield from images
+    text = "\n\n".join(filter(None, [context, *texts]))
+    yield "content", f"<document title={title}>\n{text}\n</document>"
+
+
+def source_of(block: Field, types: Sequence[str]) -> Tuple[str, Field]:
+    source = block.needed("source")
+    source_type = source.need("type", str)
+    if source_type not in types:
+        raise source.at("type").invalid(f"must be {' or '.join(types)}, not "
+                                        f"{dumps(source_type)}: this server fetches nothing")
+    return source_type, source
+
+
+def search_result_block(block: Field) -> Parts:
+    block.ignore_others("title", "source", "content")
+    title = block.need("title", str)
+    source = block.need("source", str)
+    texts, images = nested_parts(block)
+    yield "content", "\n\n".join([f"{title} ({source})", *texts])
+    yield from images
+
+
+def tool_use_block(block: Field) -> Parts:
+    block.ignore_others("name", "input")
+    id = block.need("id", str)
+    name = block.need("name", str)
+    yield "tool_calls", block.body.history.add_call(id, name, arguments_of(block.at("input")))
+
+
+def tool_result_block(block: Field) -> Parts:
+    history = block.body.history
+    if block.need("tool_use_id", str) in history.dropped:
+        block.ignore()
+        return
+    block.ignore_others("tool_use_id", "content", "is_error")
+    head = history.result(block, "tool_use_id")
+    texts, images = nested_parts(block)
+    texts = [*filter(None, texts)] or [NO_TEXT]
+    if block.get("is_error", bool):
+        texts[0] = "The tool failed: " + texts[0]
+    parts = [("content", text) for text in texts]
+    message = message_of("tool", parts + images)
+    message.update(head)
+    yield "before", message
+
+
+def tool_reference_block(block: Field) -> Parts:
+    block.ignore_others("tool_name")
+    name = block.need("tool_name", str)
+    block.body.history.offered[name] = True
+    yield "content", "Tool loaded: " + name
+
+
+def tool_search_block(block: Field) -> Parts:
+    """Offer the tools that Anthropic's own search has found."""
+    for found in block.needed("content").each("tool_references"):
+        block.body.history.offered[found.need("tool_name", str)] = True
+    return iter(())
+
+
+def tool_change_block(block: Field) -> Parts:
+    """Offer a tool from now on, or no longer: one of `tools`, or one that is defined here."""
+    tool = block.needed("tool")
+    history = block.body.history
+    if tool.value.get("type") == "tool_definition":
+        tool = tool.needed("definition")
+        history.definitions.append(tool)
+    if tool.value.get("type") in (None, "custom", "tool_reference"):
+        history.offered[tool.need("name", str)] = block.value["type"] == "tool_addition"
+    else:
+        block.ignore()
+    return iter(())
+
+
+# block type: (roles whose content may have it, reader). For the role tool see nested_parts.
+MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[Field], Parts]]] = {
+    "text": (("user", "assistant", "system", "tool"), plain_block),
+    "image": (("user", "tool"), image_block),
+    "document": (("user", "tool"), document_block),
+    "search_result": (("user", "tool"), search_result_block),
+    "mid_conv_system": (("user",), lambda block: messages_parts(block, "content", "system")),
+    "thinking": (("assistant",), plain_block),
+    "redacted_thinking": (("assistant",), dropped_block),
+    "tool_use": (("assistant",), tool_use_block),
+    "tool_result": (("user",), tool_result_block),
+    "compaction": (("assistant", "user"), compaction_block),
+    "tool_reference": (("tool",), tool_reference_block),
+    "tool_search_tool_result": (("assistant",), tool_search_block),
+    "tool_addition": (("system",), tool_change_block),
+    "tool_removal": (("system",), tool_change_block)}
+# Types of OpenAI's that a model would never see if they were skipped: what Messages calls them.
+FOREIGN_BLOCKS = {
+    "input_text": "text", "output_text": "text", "refusal": "text", "image_url": "image",
+    "input_image": "image", "file": "document", "input_file": "document",
+    "reasoning": "thinking", "function_call": "tool_use", "function_call_output": "tool_result"}
+
+
+def messages_tools(body: Body) -> Choice:
+    """Return how tools may be called (none, auto or required), and which of them. Deferred tools
+    are offered once a message has announced them. Anthropic's own, which have a type other than
+    custom, never are; where its search is the only other tool, nobody could announce any."""
+    ours: Dict[str, Field] = {}
+    others: List[Field] = []
+    for tool in itertools.chain(body.each("tools"), body.history.definitions):
+        if messages_tool_is_ours(tool):
+            ours[tool_name(tool)] = tool
+        else:
+            others.append(tool)
+
+    deferred = {name for name, tool in ours.items() if tool.get("defer_loading", bool)}
+    searches = [tool for tool in others if tool.value["type"].startswith("tool_search_tool")]
+    if len(deferred) == len(ours) and searches:
+        deferred = set()
+    offered = {name: name not in deferred for name in ours}
+    offered.update(body.history.offered)
+    for tool in [*others, *(ours[name] for name in deferred if not offered[name])]:
+        tool.ignore()
+    return messages_choice(body.object("tool_choice"), [
+        tool_of(tool, "input_schema") for name, tool in ours.items() if offered[name]])
+
+
+def messages_tool_is_ours(tool: Field) -> bool:
+    """Return whether the client runs a tool itself; 400 if it has OpenAI's form."""
+    if tool.value.get("type") == "function":
+        raise tool.at("type").invalid("function is OpenAI's: in Messages a tool has name, "
+                                      "description and input_schema")
+    if tool.value.get("parameters") and "input_schema" not in tool.value:
+        raise tool.at("parameters").invalid("is OpenAI's: Messages calls it input_schema")
+    return (tool.get("type", str) or "custom") == "custom"
+
+
+def messages_choice(choice: Field, tools: List[Tool]) -> Choice:
+    if not choice.value:
+        return "auto", tools
+    choice_type = choice.one_of("type", ("auto", "any", "tool", "none"))
+    if choice_type == "tool":
+        name = choice.one_of("name", [tool.name for tool in tools])
+        return "required", [tool for tool in tools if tool.name == name]
+    if choice_type == "any" and not tools:
+        raise choice.at("type").invalid("is any, but no tool is offered")
+    return "required" if choice_type == "any" else choice_type, tools
+
+
 # ---- OpenAI's words ------------------------------------------------------------------------------
 # What OpenAI's dialects have in common: roles, parts of content, tools, formats, reasoning,
 # errors. Reasoning and Ollama's own settings are accepted under all names in use.
@@ -1018,31 +1221,31 @@ def openai_parts(owner: Field, name: str, role: str, readers: PartReaders) -> Pa
 
 def text_part(part: Field) -> Part:
     name = "refusal" if part.value["type"] == "refusal" else "text"
+    part.ignore_others(name)
     return "content", part.need(name, str)
 
 
 def image_part(part: Field) -> Part:
     """Return the image in image_url: an object with a data URL, or (in Responses) just the URL."""
+    part.ignore_others("image_url")
+    if part.value.get("image_url") is None and part.value.get("file_id"):
+        raise unknown_id(part.at("file_id"), "File")
     url = part.at("image_url")
     if not isinstance(url.value, str):
-        url = part.needed("image_url").needed("url", str)
+        owner = part.needed("image_url")
+        owner.ignore_others("url")
+        url = owner.needed("url", str)
     head = re.match(r"data:(image/[\w.+-]+)?(;[\w=.-]+)*;base64,", url.value)  # RFC 2397
     if head is None:
         raise url.invalid("must be a data: URL of an image in base64: nothing is fetched here")
     return "images", base64_text(url, head.end())
 
 
-def add_earlier_call(function: Field, name: str, id: str) -> JSON:
-    """Remember an earlier call, and return it. Its arguments are an object, or JSON text of one."""
-    field = function.at("arguments")
-    value = field.value or "{}"
-    if isinstance(value, str):
-        try:
-            value = strict_json(value.encode(), field.body.config.json_depth)
-        except ValueError as error:
-            raise field.invalid(f"is not JSON: {error}") from error
-    arguments = Field(value, function, "arguments").check(dict)
-    return function.body.history.add_call(id or name, name, arguments)
+def unknown_id(field: Field, what: str) -> APIError:
+    """Return the error for a field that points to what OpenAI would have stored."""
+    id = field.value.get("id") if isinstance(field.value, dict) else field.value
+    return field.invalid(f"{what} with id '{id}' not found. Nothing is kept here: send what it "
+                         "stands for. (Clients do, if their setting store is false.)")
 
 
 # (field, its type) -> where its details stand: in an object that is named after the type in
@@ -1078,7 +1281,12 @@ def openai_format(wanted: Field, details: Details) -> Optional[Field]:
         return None
     wanted_type = wanted.one_of("type", ("text", "json_object", "json_schema"))
     if wanted_type == "json_schema":
-        return details(wanted, "json_schema").needed("schema")
+        found = details(wanted, "json_schema")
+        found.ignore_others("schema", "name", "strict")  # a grammar is always strict
+        return found.needed("schema")
+    if wanted_type == "json_object" and wanted.value.get("schema"):  # llama.cpp's form
+        return wanted.needed("schema")
+    wanted.ignore_others()
     return Field(ANY_OBJECT, wanted.parent, wanted.name) if wanted_type == "json_object" else None
 
 
@@ -1136,23 +1344,23 @@ def create_chat_completion(context: Context) -> Reply:
     return context.ask(question, chat_reply, chat_stream, CHAT_PINGS)
 
 
+# The user agents of people, who want to see a stream. Client libraries, in any language, leave
+# `stream` out if they want none, as OpenAI's API has it (langchaingo fails on the first byte).
+PEOPLE = ("curl/", "Wget/", "HTTPie/", "python-requests/", "Python-urllib/")
+
+
 def wants_stream(headers: Mapping[str, str], default: str) -> bool:
-    """Return whether to send a stream if the request does not say. People with curl, requests or
-    urllib want one; SDKs do not. (Vercel's AI SDK 6 and fetch in Node send Sec-Fetch-Mode.)"""
-    accept = headers.get("accept", "")
-    if default != "auto" or "text/event-stream" in accept:
-        return default != "off"
-    agent = headers.get("user-agent", "")
-    return not ("application/json" in accept
-                or "sec-fetch-mode" in headers
-                or any(name.startswith("x-stainless-") for name in headers)
-                or agent.startswith(("ai/", "ai-sdk/")))
+    """Return whether to send a stream if the request does not say."""
+    if default != "auto":
+        return default == "on"
+    streamed = "text/event-stream" in headers.get("accept", "").lower()
+    return streamed or headers.get("user-agent", "").startswith(PEOPLE)
 
 
 CHAT_OPTIONS = {
     **OLLAMA_OPTIONS,
-    "max_tokens": Option("num_predict", int, at_least=1),
-    "max_completion_tokens": Option("num_predict", int, at_least=1),  # overrides max_tokens
+    "max_tokens": Option("num_predict", int, at_least=1, or_just=-1),  # no limit (LM Studio)
+    "max_completion_tokens": Option("num_predict", int, at_least=1, or_just=-1),  # overrides it
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float),
     "seed": Option("seed", int),
@@ -1172,13 +1380,15 @@ CHAT_PARTS: PartReaders = {
 
 def chat_request(body: Body) -> ChatQuestion:
     body.need("messages", list)
-    turns = [chat_turn(turn) for turn in body.each("messages")]
+    speakers = {turn.get("name", str) for turn in body.each("messages")
+                if turn.value.get("role") == "user"} - {None, ""}
+    turns = [chat_turn(turn, len(speakers) > 1) for turn in body.each("messages")]
     if not turns:
         raise body.at("messages").invalid(EMPTY)
     system = message_of("system", openai_parts(body, "system", "system", CHAT_PARTS))
     early = [system] if system["content"] else []
 
-    question = chat_question(body, {"messages": system_first(early + turns)})
+    question = chat_question(body, {"messages": for_templates(early + turns)})
     ignore_unread(body, CHAT_FIELDS)
     question.body.update(chat_logprobs(body))
     question.body.update(keep_alive_of(body))
@@ -1198,47 +1408,60 @@ def chat_question(body: Body, asked: OllamaRequest) -> ChatQuestion:
     usage = body.object("stream_options").get("include_usage", bool)
     options, own_stop = read_ollama_options(body, CHAT_OPTIONS)
     stop = body.at("stop")
-    single = isinstance(stop.value, str)
-    texts = [stop_text(stop)] if single else stop_texts(body, "stop")
+    if isinstance(stop.value, str):
+        texts = [stop_text(stop)] if stop.value else []
+    else:
+        texts = stop_texts(body, "stop")
     return ChatQuestion(
         {"model": model_of(body), **asked, "options": options},
         stream=bool(body.get("stream", bool)), stop=texts + own_stop,
         include_usage=bool(usage))
 
 
-def chat_turn(turn: Field) -> OllamaMessage:
+def chat_turn(turn: Field, named: bool) -> OllamaMessage:
+    """Translate one of `messages`. If `named`, several people speak: their texts say who."""
     role = OPENAI_ROLES[turn.one_of("role", OPENAI_ROLES)]
     if role not in ("assistant", "tool"):
         turn.need("content", object)
+    turn.ignore_others("role", "content", *CHAT_TURN_FIELDS[role])
     parts = openai_parts(turn, "content", role, CHAT_PARTS)
     if role == "assistant":
         parts = itertools.chain(parts, chat_earlier(turn))
     message = message_of(role, parts)
+    name = turn.get("name", str)
     if role == "tool":
         message["content"] = message["content"] or NO_TEXT
-        message.update(chat_result(turn))
+        message.update(turn.body.history.result(turn, "tool_call_id", name))
+    if role == "user":
+        turn.body.history.end_turn()
+        if name and named:
+            message["content"] = f"{name}: {message['content']}"
+        elif name:
+            turn.at("name").ignore()
     return message
 
 
+# Ollama's role: what we read of a message besides role and content
+CHAT_TURN_FIELDS: Dict[str, Sequence[str]] = {
+    "system": (), "user": ("name",), "tool": ("name", "tool_call_id"),
+    "assistant": ("refusal", "reasoning_content", "reasoning", "tool_calls", "function_call")}
+
+
 def chat_earlier(turn: Field) -> Parts:
+    """Yield what the assistant has refused, thought and called."""
+    if turn.get("refusal", str):
+        yield "content", turn.value["refusal"]
     yield "thinking", turn.get("reasoning_content", str) or turn.get("reasoning", str) or ""
-    calls = [(call.needed("function"), call.need("id", str)) for call in turn.each("tool_calls")]
+    calls = []
+    for call in turn.each("tool_calls"):
+        call.ignore_others("function")
+        calls.append((call.needed("function"), call.need("id", str)))
     if turn.get("function_call", dict):  # the older form has no id
         calls.append((turn.object("function_call"), ""))
     for function, id in calls:
-        yield "tool_calls", add_earlier_call(function, function.need("name", str), id)
-
-
-def chat_result(turn: Field) -> OllamaMessage:
-    """Return which call a tool's message answers. Some clients give a name and no id."""
-    name = turn.get("name", str)
-    history = turn.body.history
-    id = turn.get("tool_call_id", str) or name
-    if name and id not in history.calls:
-        return {"tool_name": name}
-    if id is None:
-        raise turn.at("tool_call_id").invalid("is required")
-    return history.result(Field(id, turn, "tool_call_id"))
+        function.ignore_others("name", "arguments")
+        arguments = arguments_of(function.at("arguments"))
+        yield "tool_calls", turn.body.history.add_call(id, function.need("name", str), arguments)
 
 
 def chat_tools(body: Field) -> Choice:
@@ -1248,6 +1471,7 @@ def chat_tools(body: Field) -> Choice:
         tool_type = tool.get("type", str)
         if tool_type not in (None, "function"):
             raise tool.at("type").invalid(f"must be function, not {dumps(tool_type)}")
+        tool.ignore_others("function")
         tools.append(tool_of(tool.needed("function"), "parameters"))
 
     by_name = {tool.name: tool for tool in tools}
@@ -1262,7 +1486,12 @@ def chat_tools(body: Field) -> Choice:
 
 def chat_format(body: Field) -> Optional[Field]:
     """Return the schema for the answer: in OpenAI's field, else in Ollama's own."""
-    found = openai_format(body.object("response_format"), DETAILS_INSIDE)
+    def details(wanted: Field, name: str) -> Field:
+        found = wanted.needed(name)
+        value = {**found.value, "schema": found.object("schema").value}  # optional in Chat alone
+        return Field(value, wanted, name)
+
+    found = openai_format(body.object("response_format"), details)
     if found is None and body.value.get("format") == "json":
         return Field(ANY_OBJECT, body, "format")
     if found is None and body.get("format", dict) is not None:
@@ -1504,13 +1733,13 @@ def create_response(context: Context) -> Reply:
 
 RESPONSES_OPTIONS = {
     **OLLAMA_OPTIONS,
-    "max_output_tokens": Option("num_predict", int, at_least=1),
+    "max_output_tokens": Option("num_predict", int, at_least=1, or_just=-1),
     "temperature": Option("temperature", float),
     "top_p": Option("top_p", float)}
 RESPONSES_FIELDS = {
     "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
     "text.format", "reasoning.effort", "reasoning_effort", "previous_response_id",
-    "conversation", "prompt", "background", "options", "keep_alive", "think",
+    "conversation", "prompt", "background", "store", "options", "keep_alive", "think",
     "chat_template_kwargs.enable_thinking", *RESPONSES_OPTIONS}
 # What a response repeats of the request, and what it says if the request does not.
 RESPONSES_ECHO: JSON = {
@@ -1520,13 +1749,18 @@ RESPONSES_ECHO: JSON = {
 
 
 def responses_request(body: Body) -> ResponsesQuestion:
-    for name in ("previous_response_id", "conversation", "prompt"):
+    if body.get("previous_response_id", str) is not None:  # on this, VS Code sends all again
+        id = body.value["previous_response_id"]
+        raise APIError(400, f"Previous response with id '{id}' not found.",
+                       param="previous_response_id", code="previous_response_not_found")
+    for name in ("conversation", "prompt"):
         if body.value.get(name) is not None:
-            raise body.at(name).invalid(
-                "is not known: nothing is kept here, send the whole conversation")
+            raise unknown_id(body.at(name), name.capitalize())
     if body.get("background", bool):
         raise body.at("background").invalid(
             "must be false: an answer comes at once, or as a stream")
+    if body.get("store", bool):
+        body.at("store").ignore()
     ignore_unread(body, RESPONSES_FIELDS)
     tools, tool_items = responses_tools(body)
     instructions = body.get("instructions", str)
@@ -1535,7 +1769,7 @@ def responses_request(body: Body) -> ResponsesQuestion:
 
     question = ResponsesQuestion(
         {"model": model_of(body), "options": options,
-         "messages": system_first(system + responses_input(body)),
+         "messages": for_templates(system + responses_input(body)),
          **keep_alive_of(body), **openai_think(body)},
         stream=bool(body.get("stream", bool)), stop=stop, tool_items=tool_items,
         one_call=body.get("parallel_tool_calls", bool) is False,
@@ -1557,9 +1791,13 @@ def responses_input(body: Field) -> List[OllamaMessage]:
     body.need("input", list)
     messages: List[OllamaMessage] = []
     for item in body.each("input"):
-        item_type = item.get("type", str) or ("message" if "role" in item.value else None)
+        item_type = item.get("type", str) or ("message" if "role" in item.value else
+                                              "item_reference" if "id" in item.value else None)
         if item_type is None:
             raise item.at("type").invalid("is required")
+        if item_type in FOREIGN_ITEMS:
+            raise item.at("type").invalid(f"{item_type} is no item: in Responses it is "
+                                          f"{FOREIGN_ITEMS[item_type]}")
         for message in RESPONSES_ITEMS.get(item_type, dropped_item)(item):
             if messages and messages[-1]["role"] == message["role"] == "assistant":
                 message = joined(messages.pop(), message)
@@ -1581,31 +1819,42 @@ def joined(*messages: OllamaMessage) -> OllamaMessage:
 def message_item(item: Field) -> Messages:
     role = item.one_of("role", ("user", "assistant", "system", "developer"))
     item.need("content", object)
+    item.ignore_others("role", "content")
     role = OPENAI_ROLES[role]
+    if role == "user":
+        item.body.history.end_turn()
     yield message_of(role, openai_parts(item, "content", role, RESPONSES_PARTS))
 
 
 def call_item(item: Field) -> Messages:
-    id = item.need("call_id", str)
+    custom = item.value.get("type") == "custom_tool_call"
+    key = "input" if custom else "arguments"
+    item.ignore_others("call_id", "name", "namespace", key)
     name = qualified(item.get("namespace", str), item.need("name", str))
-    if item.value.get("type") == "custom_tool_call":
-        arguments = {"input": item.need("input", str)}
-        call = item.body.history.add_call(id or name, name, arguments)
-    else:
-        call = add_earlier_call(item, name, id)
+    field = item.needed(key, object) if custom else item.at(key)
+    arguments = {key: text_in(field)} if custom else arguments_of(field)
+    call = item.body.history.add_call(item.need("call_id", str), name, arguments)
     yield message_of("assistant", [("tool_calls", call)])
 
 
 def output_item(item: Field) -> Messages:
+    """Yield a tool's result. Codex since 0.153 has some that name no call, but the tool."""
+    if item.get("call_id", str) in item.body.history.dropped:
+        item.ignore()
+        return
+    item.ignore_others("call_id", "output", "name", "namespace")
     parts = openai_parts(item, "output", "tool", RESPONSES_PARTS)
     message = message_of("tool", parts)
     message["content"] = message["content"] or NO_TEXT
-    message.update(item.body.history.result(item.needed("call_id", str)))
+    name = item.get("name", str)
+    message.update(item.body.history.result(
+        item, "call_id", name and qualified(item.get("namespace", str), name)))
     yield message
 
 
 def reasoning_item(item: Field) -> Messages:
-    """Yield thoughts, as Codex sends them back. Encrypted ones are not read."""
+    """Yield thoughts, as Codex sends them back. Encrypted ones cannot be read."""
+    item.ignore_others("summary", "content")
     parts = [("thinking", part.need("text", str))
              for name in ("summary", "content") for part in item.each(name)]
     if parts:
@@ -1613,15 +1862,30 @@ def reasoning_item(item: Field) -> Messages:
 
 
 def dropped_item(item: Field) -> Messages:
-    item.ignore()
+    item.body.history.drop(item, "call_id")
+    return iter(())
+
+
+def stored_item(item: Field) -> Messages:
+    raise unknown_id(item.at("id"), "Item")
+
+
+def tools_item(item: Field) -> Messages:
+    """Yield nothing: responses_tools reads the tools that an item brings."""
+    item.need("tools", list)
     return iter(())
 
 
 RESPONSES_ITEMS: Dict[str, Callable[[Field], Messages]] = {
-    "message": message_item, "reasoning": reasoning_item,
+    "message": message_item, "reasoning": reasoning_item, "item_reference": stored_item,
     "function_call": call_item, "function_call_output": output_item,
     "custom_tool_call": call_item, "custom_tool_call_output": output_item,
-    "additional_tools": lambda _item: iter(())}  # responses_tools reads them
+    "additional_tools": tools_item, "tool_search_output": tools_item}
+# Types that a model would never see if they were skipped: where they belong.
+FOREIGN_ITEMS = {
+    **dict.fromkeys(("text", "input_text", "output_text", "image_url", "input_image", "image"),
+                    "a part of the content of a message"),
+    "tool_use": "a function_call", "tool_result": "a function_call_output"}
 RESPONSES_PARTS: PartReaders = {
     "text": (("system", "user", "assistant", "tool"), text_part),  # as strings are read
     "input_text": (("system", "user", "assistant", "tool"), text_part),
@@ -1640,13 +1904,14 @@ def qualified(space: Optional[str], name: str) -> str:
 
 def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
     """Return the tools to offer, and the tool_items of a ResponsesQuestion."""
-    tools: List[Tool] = []
+    tools: Dict[str, Tool] = {}  # a search brings some that are in `tools` too
     tool_items: Dict[str, JSON] = {}
 
     def read(owner: Field, space: str) -> None:
         for field in owner.each("tools"):
             tool_type = field.need("type", str)
             if tool_type == "namespace":
+                field.ignore_others("name", "tools")
                 field.need("tools", list)
                 read(field, qualified(space, field.need("name", str)))
             elif tool_type in TOOL_ITEMS:
@@ -1658,7 +1923,7 @@ def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
         custom = item_type == "custom_tool_call"
         tool = custom_tool(field) if custom else tool_of(field, "parameters")
         name = qualified(space, tool.name)
-        tools.append(tool._replace(name=name))
+        tools[name] = tool._replace(name=name)
         tool_items[name] = {"type": item_type, "name": tool.name}
         if space:
             tool_items[name]["namespace"] = space
@@ -1666,14 +1931,14 @@ def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
     read(body, "")
     items = body.each("input") if isinstance(body.value.get("input"), list) else ()
     for item in items:
-        if item.value.get("type") == "additional_tools":
-            item.need("tools", list)
+        if RESPONSES_ITEMS.get(item.get("type", str) or "") is tools_item:
             read(item, "")
-    return tools, tool_items
+    return [*tools.values()], tool_items
 
 
 def custom_tool(tool: Field) -> Tool:
     """Return a tool that takes a text. Its grammar, if any, is for the model to read."""
+    tool.ignore_others("name", "description", "format")
     grammar = tool.object("format").get("definition", str)
     notes = filter(None, [tool.get("description", str), grammar])
     schema = Field(object_schema(input={"type": "string"}), tool, "parameters")
@@ -1837,11 +2102,18 @@ class ResponseStream:
 # ---- Models and health ---------------------------------------------------------------------------
 # One model object satisfies both SDKs. Anthropic's needs has_more: false, or it asks without
 # end; OpenAI's clients break on `data: null`. Ollama lists window and abilities from 0.30 on.
-# `codex --oss` looks for Ollama itself first: it gets Ollama's own answers.
+# `codex --oss` looks for Ollama itself first: it gets Ollama's own answers. Claude Code 2.1.332
+# offers only ids with "anthropic" or "claude" in them: it gets each model a second time.
+
+ANTHROPIC = "anthropic/"  # before a name, it changes nothing
+
 
 def list_models(context: Context) -> Reply:
     """Answer GET /v1/models with all models, whatever page a client asks for."""
     data = [model_object(model) for model in context.ollama.installed()]
+    if context.request.headers.get("user-agent", "").startswith(("claude-cli/", "claude-code/")):
+        data += [{**model, "id": ANTHROPIC + model["id"]} for model in data
+                 if "completion" in model.get("capabilities", ["completion"])]
     return Reply({
         "object": "list", "data": data, "has_more": False,
         "first_id": data[0]["id"] if data else None,
@@ -2020,6 +2292,7 @@ class Tool(NamedTuple):
 
 
 def tool_of(tool: Field, key: str) -> Tool:
+    tool.ignore_others("name", "description", "defer_loading", key)
     return Tool(tool_name(tool), tool.get("description", str) or "", tool.object(key))
 
 
@@ -2068,7 +2341,7 @@ def bind(question: Question, tools: Sequence[Tool], schema: Optional[Field]) -> 
     messages = question.body["messages"]
     start = 1 if messages[0]["role"] == "system" else 0
     order = message_of("system", [("content", words)])
-    question.body["messages"] = system_first([*messages[:start], order, *messages[start:]])
+    question.body["messages"] = for_templates([*messages[:start], order, *messages[start:]])
 
 
 def bound_choice(reducer: SchemaReducer, tools: Sequence[Tool],
@@ -2501,6 +2774,8 @@ class Ollama(contextlib.ExitStack):
     def ask(self, path: str, body: JSON) -> Response:
         """Ask the model that the client named; if it is not installed, that of an alias."""
         options = body["options"]
+        if options.get("num_predict") == 0:  # up to 0.30, that would be no limit
+            options = {**options, "num_predict": 1}
         if self.config.num_ctx is not None:
             options = {"num_ctx": self.config.num_ctx, **options}
         body = {**body, "options": options, "truncate": False}
@@ -2538,15 +2813,19 @@ class Ollama(contextlib.ExitStack):
             raise APIError(400, f"model: {dumps(name)} cannot see images.", param="model")
 
     def names(self, name: str) -> List[str]:
-        """Return the names to try: `name`, and that of the first alias that matches."""
+        """Return the names to try: `name`, also without ANTHROPIC, and that of its alias."""
+        plain = [name[len(ANTHROPIC):]] if name.startswith(ANTHROPIC) else []
+        return [name, *plain, *self.alias_of(name)]
+
+    def alias_of(self, name: str) -> List[str]:
+        """Return the model of the first alias that matches, if any does."""
         aliases = (alias.partition("=") for alias in self.config.alias)
-        matching = [model for pattern, _, model in aliases if fnmatch.fnmatchcase(name, pattern)]
-        return [name, *matching[:1]]
+        return [model for pattern, _, model in aliases if fnmatch.fnmatchcase(name, pattern)][:1]
 
     def missing(self, name: str) -> APIError:
         installed = ", ".join(map(model_name, self.installed())) or "none"
-        *aliased, last = self.names(name)
-        nor = f", nor is {dumps(last)}, its --alias" if aliased else ""
+        last = self.names(name)[-1]
+        nor = f", nor is {dumps(last)}, its --alias" if self.alias_of(name) else ""
         return APIError(
             404, f"model: {dumps(name)} is not installed in Ollama{nor}. "
                  f"Installed: {installed}. To install it: ollama pull {last}",
@@ -2836,6 +3115,8 @@ def parse_object(data: bytes) -> JSON:
 
 def read_as(question: Question, events: Events, depth: int) -> Events:
     """Return the events, filtered as the request needs. JSON in the answer may nest to `depth`."""
+    if question.body["options"].get("num_predict") == 0:
+        return only_counted(events)
     if "tools" in question.body:
         events = none_lost(events)
     if question.decode:
@@ -2853,6 +3134,13 @@ def prefill_of(body: OllamaRequest) -> str:
     """Return the beginning of the answer, if the client gave it as the last message."""
     last = body["messages"][-1] if "messages" in body else {}
     return last["content"] if last.get("role") == "assistant" else ""
+
+
+def only_counted(events: Events) -> Events:
+    """Drop all but the end of an answer of which no token was wanted: the prompt was."""
+    for event in events:
+        if isinstance(event, Finish):
+            yield dataclasses.replace(event, reason="length", completion_tokens=0)
 
 
 def none_lost(events: Events) -> Events:
