@@ -41,6 +41,7 @@ Contents of this file, from top to bottom
     Routes                         the product on one screen
     Tools                          offered, forced, or combined with a schema
     JSON schemas                   the part of a client's schema that is safe for Ollama
+    Schemas of tools               the part that Ollama reads
     Asking Ollama                  requests to Ollama, and what its errors mean
     Counting tokens                how long a prompt is
     Events of an answer            from Ollama's chunks to events, and all filters over events
@@ -2382,7 +2383,6 @@ def read_choice(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
 # Ollama turns `format` into a grammar, and some JSON schemas stop its runner, hang a model, or
 # end the whole process, for everybody. So no client's schema reaches it: SchemaReducer builds
 # a new one from the keywords that all releases accept, and reports what it leaves out.
-# tool_schema does this for `tools`, of which Ollama reads even less.
 
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 SCHEMA_FORMATS = ("date-time", "date", "time", "uuid")
@@ -2621,6 +2621,10 @@ def pointed_at(whole: Any, pointer: str) -> Any:
             found = found.get(name) if isinstance(found, dict) else None
     return found
 
+
+# ---- Schemas of tools ----------------------------------------------------------------------------
+# For `tools`, Ollama reads even less of a JSON Schema, and refuses the whole request for some
+# of the rest. What it reads is kept, with references resolved, and what it does not is reported.
 
 def tool_schema(schema: Field) -> JSON:
     """Return what Ollama reads of a tool's schema. Names keep their order, for its KV cache."""

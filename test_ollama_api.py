@@ -4621,6 +4621,69 @@ class Schemas(unittest.TestCase):
         self.assertLess(len("".join(left_out)), 64 * 200)
 
 
+class HarmlessSchemas(ServerCase):
+
+    def test_no_schema_that_hurts_ollama_reaches_it(self) -> None:
+        schemas = [row[0] for row in SCHEMAS + BAD_SCHEMAS]
+        answered: Dict[int, int] = collections.Counter()
+        self.ollama.forever = lambda body: Script([
+            content(json.dumps(example(body.get("format", {}), body.get("format")))), done()])
+        for schema in schemas:
+            tool = {"name": "a", "input_schema": prop(schema)}
+            bodies: List[Any] = [
+                {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
+                {"tools": [tool]}, {"tools": [tool], "tool_choice": {"type": "any"}},
+                {"tools": [tool], "output_format": {"type": "json_schema", "schema": schema}}]
+            function = {"type": "function", "function": {"name": "a", "parameters": prop(schema)}}
+            chats: List[Any] = [
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+                {"format": schema}, {"tools": [function], "tool_choice": "required"}]
+            flat: List[Any] = [
+                {"text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}},
+                {"tools": [{"type": "function", "name": "a", "parameters": prop(schema)}]}]
+            for path, body in [*((MESSAGES, body) for body in bodies),
+                               *((RESPONSES, {"input": "Hi", **body}) for body in flat),
+                               *((CHAT, {"stream": False, **body}) for body in chats)]:
+                with self.subTest(body=str(body)[:200]):
+                    reply = self.ask("POST", path, {"messages": USER, **body})
+                    self.assertIn(reply.status, (200, 400))
+                    answered[reply.status] += 1
+        for _, body in self.ollama.asked:
+            for found in [body["format"]] if "format" in body else [
+                    tool["function"]["parameters"] for tool in body.get("tools", ())]:
+                self.assertEqual(list(hazards(found, found)), [], found)
+        self.assertGreater(answered[200], 200)
+        self.assertGreater(answered[400], 30)
+
+
+def hazards(schema: Any, root: Any) -> Iterator[str]:
+    """Yield what a schema has that hurts a real Ollama."""
+    if not isinstance(schema, dict):
+        yield f"{schema!r} as a schema"
+        return
+    yield from {"pattern", "minLength", "maxLength", "not", "oneOf"} & schema.keys()
+    if not 0 <= schema.get("minItems", 0) <= schema.get("maxItems", 64) <= 64:
+        yield "minItems, maxItems"
+    if not -2**31 < schema.get("minimum", 0) <= schema.get("maximum", 2**31 - 1) < 2**31:
+        yield "minimum, maximum"
+    if schema.get("enum", 1) == []:
+        yield "enum"
+    if "$ref" in schema and schema["$ref"] not in {f"#/$defs/{name}" for name in root["$defs"]}:
+        yield schema["$ref"]
+    names = schema.get("type", "object")
+    yield from set(names if isinstance(names, list) else [names]) - {
+        "object", "array", "string", "number", "integer", "boolean", "null"}
+    inner = [*schema.get("properties", {}).values(), *schema.get("$defs", {}).values()]
+    for word in ("anyOf", "allOf", "prefixItems"):
+        inner += schema.get(word, ())
+    inner += [schema[word] for word in ("items", "additionalProperties")
+              if not isinstance(schema.get(word, True), bool)]
+    for part in inner:
+        yield from hazards(part, root)
+
+
+# ---- Schemas of tools ----------------------------------------------------------------------------
+
 # A tool's schema, what Ollama is given for it, and what is left out. Some of these it would refuse,
 # and with them the whole request.
 EITHER = [prop({"const": 1}, required=["a", "b"]), {"properties": {"b": {}, "c": {"type": "null"}},
@@ -4686,67 +4749,6 @@ class ToolSchemas(unittest.TestCase):
         for schema in ({"$defs": twice, **twice["d0"]}, nested(90)):
             found = json.dumps(tool_schema(prop(schema, **{"$defs": twice}))[0])
             self.assertLess(len(found), 20 * len(json.dumps([schema, twice])))
-
-
-class HarmlessSchemas(ServerCase):
-
-    def test_no_schema_that_hurts_ollama_reaches_it(self) -> None:
-        schemas = [row[0] for row in SCHEMAS + BAD_SCHEMAS]
-        answered: Dict[int, int] = collections.Counter()
-        self.ollama.forever = lambda body: Script([
-            content(json.dumps(example(body.get("format", {}), body.get("format")))), done()])
-        for schema in schemas:
-            tool = {"name": "a", "input_schema": prop(schema)}
-            bodies: List[Any] = [
-                {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
-                {"tools": [tool]}, {"tools": [tool], "tool_choice": {"type": "any"}},
-                {"tools": [tool], "output_format": {"type": "json_schema", "schema": schema}}]
-            function = {"type": "function", "function": {"name": "a", "parameters": prop(schema)}}
-            chats: List[Any] = [
-                {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
-                {"format": schema}, {"tools": [function], "tool_choice": "required"}]
-            flat: List[Any] = [
-                {"text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}},
-                {"tools": [{"type": "function", "name": "a", "parameters": prop(schema)}]}]
-            for path, body in [*((MESSAGES, body) for body in bodies),
-                               *((RESPONSES, {"input": "Hi", **body}) for body in flat),
-                               *((CHAT, {"stream": False, **body}) for body in chats)]:
-                with self.subTest(body=str(body)[:200]):
-                    reply = self.ask("POST", path, {"messages": USER, **body})
-                    self.assertIn(reply.status, (200, 400))
-                    answered[reply.status] += 1
-        for _, body in self.ollama.asked:
-            for found in [body["format"]] if "format" in body else [
-                    tool["function"]["parameters"] for tool in body.get("tools", ())]:
-                self.assertEqual(list(hazards(found, found)), [], found)
-        self.assertGreater(answered[200], 200)
-        self.assertGreater(answered[400], 30)
-
-
-def hazards(schema: Any, root: Any) -> Iterator[str]:
-    """Yield what a schema has that hurts a real Ollama."""
-    if not isinstance(schema, dict):
-        yield f"{schema!r} as a schema"
-        return
-    yield from {"pattern", "minLength", "maxLength", "not", "oneOf"} & schema.keys()
-    if not 0 <= schema.get("minItems", 0) <= schema.get("maxItems", 64) <= 64:
-        yield "minItems, maxItems"
-    if not -2**31 < schema.get("minimum", 0) <= schema.get("maximum", 2**31 - 1) < 2**31:
-        yield "minimum, maximum"
-    if schema.get("enum", 1) == []:
-        yield "enum"
-    if "$ref" in schema and schema["$ref"] not in {f"#/$defs/{name}" for name in root["$defs"]}:
-        yield schema["$ref"]
-    names = schema.get("type", "object")
-    yield from set(names if isinstance(names, list) else [names]) - {
-        "object", "array", "string", "number", "integer", "boolean", "null"}
-    inner = [*schema.get("properties", {}).values(), *schema.get("$defs", {}).values()]
-    for word in ("anyOf", "allOf", "prefixItems"):
-        inner += schema.get(word, ())
-    inner += [schema[word] for word in ("items", "additionalProperties")
-              if not isinstance(schema.get(word, True), bool)]
-    for part in inner:
-        yield from hazards(part, root)
 
 
 # ---- Asking Ollama -------------------------------------------------------------------------------
