@@ -166,6 +166,7 @@ class Config:
     backlog: int = 1024  # with 5, seven of ten bursts of 200 clients failed
     connect_seconds: float = 5  # to Ollama
     ask_seconds: float = 10  # for lists, version
+    show_seconds: float = 2  # for what the models of a list can do
     health_seconds: float = 2
     line_bytes: int = 32 << 20  # from Ollama
     embed_bytes: int = 256 << 20
@@ -321,8 +322,9 @@ class PromptTooLong(APIError):
     def __init__(self, prompt_tokens: int, window: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.window = window
-        message = f"prompt is too long: {prompt_tokens} tokens > {window} maximum"
-        super().__init__(400, message, code="context_length_exceeded")
+        tokens = f": {prompt_tokens} tokens" if prompt_tokens else ""
+        maximum = f" > {window} maximum" if window else ""
+        super().__init__(400, f"prompt is too long{tokens}{maximum}", code=TOO_LONG)
 
 
 class ClientLeft(Exception):
@@ -505,11 +507,18 @@ OLLAMA_OPTIONS = {
     "use_mmap": Option("use_mmap", bool)}
 
 
+LEAST_BATCH = 32  # of tokens: 1 ends the runner of Ollama 0.33, for all clients
+
+
 def read_ollama_options(body: Field, table: Mapping[str, Option]) -> Tuple[JSON, List[str]]:
     """Return the options, with the client's own `options` on top; and the stop texts in those."""
     own = body.object("options")
     stop = stop_texts(own, "stop")
     options = {**read_options(body, table), **own.value, "stop": None}
+    batch = options.get("num_batch")
+    if isinstance(batch, (int, float)) and batch < LEAST_BATCH:
+        (own if "num_batch" in own.value else body).at("num_batch").ignore()
+        options["num_batch"] = None
     return {name: value for name, value in options.items() if value is not None}, stop
 
 
@@ -629,12 +638,23 @@ def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
     return message
 
 
+def joined(*messages: OllamaMessage) -> OllamaMessage:
+    """Return one message of the assistant for several."""
+    parts: List[Part] = []
+    for message in messages:
+        parts += [("content", message["content"])] if message["content"] else []
+        parts += [("thinking", message["thinking"])] if "thinking" in message else []
+        parts += [("tool_calls", call) for call in message.get("tool_calls", ())]
+    return message_of("assistant", parts)
+
+
 def for_templates(messages: List[OllamaMessage]) -> List[OllamaMessage]:
     """Return the messages in the order that the templates of all models accept.
 
     System texts before the first answer are joined; later ones become user text: moved to the
     front, they would cost Ollama its KV cache (Claude Code has sent some since 2.1.154). Some
-    text is the user's: without one, qwen3's template fails (after the client's compaction)."""
+    text is the user's: without one, qwen3's template fails (after the client's compaction).
+    No two answers stand at the end: llama-server refuses them (Ollama 0.33)."""
     early: List[str] = []
     turns: List[OllamaMessage] = []
     answered = False
@@ -648,6 +668,8 @@ def for_templates(messages: List[OllamaMessage]) -> List[OllamaMessage]:
             early.append(message["content"])
     if all(message["role"] != "user" for message in turns):
         turns.insert(0, {"role": "user", "content": GO_ON})
+    while [message["role"] for message in turns[-2:]] == ["assistant"] * 2:
+        turns.append(joined(turns.pop(-2), turns.pop()))
     system: OllamaMessage = {"role": "system", "content": "\n\n".join(early)}
     return [system, *turns] if early else turns
 
@@ -943,7 +965,7 @@ def messages_error(error: APIError, request_id: str) -> JSON:
              413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error"}
     otherwise = "invalid_request_error" if error.status < 500 else "api_error"
     content: JSON = {"type": types.get(error.status, otherwise), "message": error.message}
-    if error.retry_after:
+    if error.status == 503 and error.retry_after:
         content["type"] = "overloaded_error"
     if error.details:
         content["details"] = error.details
@@ -1315,8 +1337,9 @@ def openai_error(error: APIError, _request_id: str) -> JSON:
     otherwise = "invalid_request_error" if error.status < 500 else "api_error"
     message = error.message
     if isinstance(error, PromptTooLong):
-        message = (f"This model's maximum context length is {error.window} tokens. "
-                   f"However, your messages resulted in {error.prompt_tokens} tokens.")
+        limit = f"{error.window} tokens" if error.window else "exceeded"
+        message = (f"This model's maximum context length is {limit}. However, your messages "
+                   f"resulted in {error.prompt_tokens or 'more'} tokens.")
     return {"error": {"message": message, "type": types.get(error.status, otherwise),
                       "param": error.param, "code": error.code}}
 
@@ -1808,15 +1831,6 @@ def responses_input(body: Field) -> List[OllamaMessage]:
     return messages
 
 
-def joined(*messages: OllamaMessage) -> OllamaMessage:
-    parts: List[Part] = []
-    for message in messages:
-        parts += [("content", message["content"])] if message["content"] else []
-        parts += [("thinking", message["thinking"])] if "thinking" in message else []
-        parts += [("tool_calls", call) for call in message.get("tool_calls", ())]
-    return message_of("assistant", parts)
-
-
 def message_item(item: Field) -> Messages:
     role = item.one_of("role", ("user", "assistant", "system", "developer"))
     item.need("content", object)
@@ -2111,7 +2125,8 @@ ANTHROPIC = "anthropic/"  # before a name, it changes nothing
 
 def list_models(context: Context) -> Reply:
     """Answer GET /v1/models with all models, whatever page a client asks for."""
-    data = [model_object(model) for model in context.ollama.installed()]
+    models = context.ollama.with_abilities(context.ollama.installed())
+    data = [model_object(model) for model in models]
     if context.request.headers.get("user-agent", "").startswith(("claude-cli/", "claude-code/")):
         data += [{**model, "id": ANTHROPIC + model["id"]} for model in data
                  if "completion" in model.get("capabilities", ["completion"])]
@@ -2123,7 +2138,8 @@ def list_models(context: Context) -> Reply:
 
 def get_model(context: Context) -> Reply:
     name = context.request.argument
-    return Reply({**model_object(context.ollama.find_model(name)), "id": name})
+    model = context.ollama.find_model(name)
+    return Reply({**model_object(context.ollama.with_abilities([model])[0]), "id": name})
 
 
 def model_object(model: JSON) -> JSON:
@@ -2340,6 +2356,9 @@ def bind(question: Question, tools: Sequence[Tool], schema: Optional[Field]) -> 
 
     question.body["format"] = reducer.finish(form)
     messages = question.body["messages"]
+    if not re.fullmatch(r'\s*\{\s*(".*)?', prefill_of(question.body) or "{", re.DOTALL):
+        # llama-server takes a prefill for the beginning of what it binds (Ollama 0.33).
+        messages = [*messages, {"role": "user", "content": GO_ON}]
     start = 1 if messages[0]["role"] == "system" else 0
     order = message_of("system", [("content", words)])
     question.body["messages"] = for_templates([*messages[:start], order, *messages[start:]])
@@ -2360,7 +2379,7 @@ def bound_choice(reducer: SchemaReducer, tools: Sequence[Tool],
 
 
 def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
-    return {**reducer.read(tool.schema), "type": "object"}
+    return {**reducer.read_object(tool.schema), "type": "object"}
 
 
 def object_schema(**properties: JSON) -> JSON:
@@ -2441,8 +2460,25 @@ class SchemaReducer:
     def read(self, schema: Field) -> JSON:
         """Reduce a whole JSON Schema (2020-12 or draft 7); 400 if it is malformed or too deep."""
         value = schema.value
-        self.budget += 8 * len(plain_json(value)) + 2000
+        self.budget += allowance(value)
         return self.reduce(Schema(value, schema.parent, schema.name, value))
+
+    def read_object(self, schema: Field) -> JSON:
+        """Reduce the schema of an object, like a tool's arguments; what else it allows is left
+        out. A reference at its root is followed: beside one, `type` would not count."""
+        value = schema.value
+        for _ in range(SCHEMA_LEVELS):
+            target = pointed_at(schema.value, str(value.get("$ref")))
+            value = target if isinstance(target, dict) else value
+        kept = {}
+        for word, part in value.items():
+            kept[word] = object_part(word, part)
+            if kept[word] != part:
+                schema.at(word).ignore()
+            if kept[word] is None:
+                del kept[word]
+        self.budget += allowance(schema.value)
+        return self.reduce(Schema(kept, schema.parent, schema.name, schema.value))
 
     def finish(self, schema: JSON) -> JSON:
         """Build what waits, and return `schema` with it; 400 if a definition begins with itself."""
@@ -2533,13 +2569,19 @@ class SchemaReducer:
     def read_properties(self, at: Schema) -> Reduced:
         properties = at.check(dict)
         self.spend(at, sum(map(len, properties)))
-        return {"properties": {name: self.reduce(at.member(value, name))
-                               for name, value in properties.items()}}
+        kept = {}
+        for name, value in properties.items():
+            if fits_grammar(name):
+                kept[name] = self.reduce(at.member(value, name))
+            else:
+                at.member(value, name).ignore()
+        return {"properties": kept}
 
     def read_required(self, at: Schema) -> Reduced:
         properties = at.beside("properties")
         names = [at.member(name, n).check(str) for n, name in enumerate(at.check(list))]
-        known = [name for name in names if isinstance(properties, dict) and name in properties]
+        known = [name for name in names if isinstance(properties, dict) and name in properties
+                 and fits_grammar(name)]
         if len(known) < len(names):
             at.ignore()
         return {"required": known} if known else {}
@@ -2600,6 +2642,28 @@ class SchemaReducer:
         return {"$ref": "#/$defs/" + self.names[id(target)]}
 
 
+def allowance(schema: Any) -> int:
+    """Return how many bytes may be built from a schema: references could make it endless."""
+    return 8 * len(plain_json(schema)) + 2000
+
+
+def object_part(word: str, part: Any) -> Any:
+    """Return what a keyword of a schema says about objects; None for nothing."""
+    if word in ("anyOf", "oneOf") and isinstance(part, list):
+        return [each for each in part if may_be_object(each)] or None
+    return None if word in ("enum", "const") else part
+
+
+def may_be_object(schema: Any) -> bool:
+    return isinstance(schema, dict) and not {"enum", "const"} & schema.keys() and (
+        "object" in list_of(schema.get("type") or "object"))
+
+
+def fits_grammar(name: str) -> bool:
+    """Return whether a property's name works in a grammar. Ollama 0.12 escapes no others."""
+    return re.fullmatch(r"[^\x00-\x1f]+", name) is not None
+
+
 def direct_references(schema: JSON) -> Iterator[str]:
     """Yield the definitions that a schema may begin with: a loop of these is left recursion."""
     if "$ref" in schema:
@@ -2655,7 +2719,7 @@ class SchemaNarrower:
     """Keep what Ollama reads of one tool's schema. References are resolved: Ollama drops them."""
 
     def __init__(self, whole: JSON) -> None:
-        self.budget = 8 * len(plain_json(whole)) + 2000  # bytes left to spend
+        self.budget = allowance(whole)  # bytes left to spend
 
     def narrow(self, schema: Schema, within: Tuple[str, ...] = ()) -> JSON:
         """Return what Ollama reads of one part, to which the references and steps in `within` led.
@@ -2762,6 +2826,21 @@ class Ollama(contextlib.ExitStack):
     def installed(self) -> List[JSON]:
         return models_in(self.get("/api/tags"))
 
+    def with_abilities(self, models: List[JSON]) -> List[JSON]:
+        """Return the models with what they can do. Ollama 0.33 lists no more than "completion" for
+        one with a template of its own; /api/show tells, and is asked as long as time allows."""
+        give_up = time.monotonic() + self.config.show_seconds
+        return [self.with_shown(model, give_up - time.monotonic())
+                if model.get("capabilities") == ["completion"] else model for model in models]
+
+    def with_shown(self, model: JSON, seconds: float) -> JSON:
+        try:
+            asked = {"model": model_name(model)}
+            shown = self.get("/api/show", seconds, asked) if seconds > 0 else {}
+        except APIError:
+            shown = {}
+        return {**model, "capabilities": shown.get("capabilities") or model["capabilities"]}
+
     def find_model(self, name: str) -> JSON:
         """Return the installed model that would answer a request for `name`."""
         found = {tagged(model_name(model)): model for model in self.installed()}
@@ -2841,11 +2920,19 @@ class Ollama(contextlib.ExitStack):
             return error
         window = body["options"].get("num_ctx")
         if not isinstance(window, int):
-            windows = (ollama_field(model, "context_length", 0)
-                       for model in models_in(self.get("/api/ps"))
-                       if tagged(model_name(model)) == tagged(body["model"]))
-            window = next(windows, 0)
+            window = self.window_of(body["model"])
         return PromptTooLong(max(self.rates.tokens(body), window + 1), window)
+
+    def window_of(self, name: str) -> int:
+        """Return the context window of a loaded model; 0 if it is unknown. Of models that are the
+        same (`ollama cp`), Ollama up to 0.20 lists only the one that was loaded first."""
+        loaded = models_in(self.get("/api/ps"))
+        found = [model for model in loaded if is_named(model, name)]
+        if not found:
+            same = {ollama_field(model, "digest", "")
+                    for model in self.installed() if is_named(model, name)} - {""}
+            found = [model for model in loaded if ollama_field(model, "digest", "") in same]
+        return ollama_field(found[0], "context_length", 0) if found else 0
 
     def open(self, path: str, body: Optional[JSON] = None,
              seconds: float = float("inf")) -> Response:
@@ -2886,6 +2973,10 @@ def model_name(model: JSON) -> str:
     return ollama_field(model, "model", "") or ollama_field(model, "name", "")
 
 
+def is_named(model: JSON, name: str) -> bool:
+    return tagged(model_name(model)) == tagged(name)
+
+
 def models_in(answer: JSON) -> List[JSON]:
     models: List[Any] = ollama_field(answer, "models", [])
     if not all(isinstance(model, dict) for model in models):
@@ -2893,37 +2984,51 @@ def models_in(answer: JSON) -> List[JSON]:
     return models
 
 
-# The first pattern found in the text of an error gives its status and code for the client. Some
-# releases send 500 for what is wrong in the request; before 0.12.6 a stream's errors had a 200.
-REFUSALS = tuple((re.compile(pattern), status, code) for pattern, status, code in (
-    (r"exceeds? .*context (length|size)|longer than the context",
-     400, "context_length_exceeded"),
-    (r"^model .*not found", 404, "model_not_found"),
-    (r"^404 page not found|^405 method not allowed", 502, None),  # a very old Ollama
-    (r"does not support|is not supported|invalid (format|JSON schema|think value|model name)"
-     r"|^option .* must be of type", 400, None),
-    (r"server busy", 503, None)))
+class Refusal(NamedTuple):
+    """Say what an error of Ollama means. How its text begins decides, and the status it comes with:
+    the text of a crash quotes the last errors of other clients (seen on 0.33)."""
+    begins: str  # a pattern
+    came_with: Sequence[int]  # any, if it stands in a stream: then there is no status
+    status: int  # for the client
+    code: Optional[str] = None
+    retry_after: Optional[int] = None
+
+
+TOO_LONG = "context_length_exceeded"
+REFUSALS = (
+    Refusal("(the )?input length exceeds the context length", [400], 400, TOO_LONG),  # to 0.29
+    Refusal("input exceeds maximum context length", [400], 400, TOO_LONG),  # 0.12, to embed
+    Refusal("the prompt is longer than the context length", [400], 400, TOO_LONG),  # 0.30.9
+    Refusal(r"(request \(\d+ tokens\) )?exceeds the available", [400], 400, TOO_LONG),  # from 0.30
+    Refusal("model .*not found", [404], 404, "model_not_found"),
+    Refusal("404 page not found|405 method not allowed", [404, 405], 502),  # a very old Ollama
+    Refusal("invalid format: |invalid JSON schema in format", [500], 400),  # to 0.32
+    Refusal("(Failed to create new sequence: )?unable to create sampling context", [500], 400),
+    Refusal("option \"", [500], 400),
+    Refusal("image input is not supported", [500], 400),  # 0.32, native
+    Refusal("an error was encountered while running the model|llama-server process has terminated",
+            [500], 502, retry_after=1))
 
 
 def refused(status: int, text: str) -> APIError:
-    """Return the error for the client if Ollama answers with `status` and `text`. 4xx and 503 stay,
-    501 becomes 400, all others 502: Codex hides the text of a 500."""
+    """Return the error for the client if Ollama answers with `status` and `text`, or says `text`
+    in a stream (200). 4xx and 503 stay, 501 is 400, all others 502: Codex hides that of a 500."""
     found = innermost_error(text)
     message = ollama_field(found, "message", "") or f"Ollama answered {status} without a message"
-    meanings = ((ours, code) for pattern, ours, code in REFUSALS if pattern.search(message))
-    status, code = next(meanings, (status, None))
-    if code == "context_length_exceeded":
+    otherwise = (status if status // 100 == 4 or status == 503 else
+                 400 if status == 501 else 502)  # 501: it cannot do what the request asks for
+    means = Refusal("", [], otherwise, retry_after=5 if status == 503 else None)
+    for refusal in REFUSALS:
+        if status in (*refusal.came_with, 200) and re.match(refusal.begins, message):
+            means = refusal
+    if means.code == TOO_LONG:
         numbers = re.search(r"\((\d+) tokens\).*\((\d+) tokens\)", message)
-        if numbers:
-            return PromptTooLong(int(numbers[1]), int(numbers[2]))
-        return PromptTooLong(ollama_field(found, "n_prompt_tokens", 0),
-                             ollama_field(found, "n_ctx", 0))
-    if status == 501:
-        status = 400  # Ollama cannot do what the request asks for
-    elif status // 100 != 4 and status != 503:
-        status = 502
+        known = map(int, numbers.groups()) if numbers else (
+            ollama_field(found, name, 0) for name in ("n_prompt_tokens", "n_ctx"))
+        return PromptTooLong(*known)
+    if means.status == 502:
         message = "Ollama failed: " + message
-    return APIError(status, message, code=code, retry_after=5 if status == 503 else None)
+    return APIError(means.status, message, code=means.code, retry_after=means.retry_after)
 
 
 def innermost_error(text: str) -> JSON:
@@ -3006,7 +3111,7 @@ def events_of(chunks: Iterator[JSON]) -> Events:
     held: List[Event] = []
     for chunk in chunks:
         if chunk.get("error"):  # under a 200
-            raise refused(500, dumps(chunk))
+            raise refused(200, dumps(chunk))
         for event in parts_of(chunk):
             if held or isinstance(event, ToolCall):
                 held.append(event)
@@ -3121,6 +3226,8 @@ def read_as(question: Question, events: Events, depth: int) -> Events:
     """Return the events, filtered as the request needs. JSON in the answer may nest to `depth`."""
     if question.body["options"].get("num_predict") == 0:
         return only_counted(events)
+    if question.body.get("think") is False:
+        events = without_thoughts(events)
     if "tools" in question.body:
         events = none_lost(events)
     if question.decode:
@@ -3145,6 +3252,43 @@ def only_counted(events: Events) -> Events:
     for event in events:
         if isinstance(event, Finish):
             yield dataclasses.replace(event, reason="length", completion_tokens=0)
+
+
+def without_thoughts(events: Events) -> Events:
+    """Drop a <think> block at the start of the text: some models think even if they should not.
+    One that never ends is dropped only if the token limit has cut it."""
+    held: List[Event] = []
+    text = ""  # of what is held, the part to look into
+    thinking = False
+    for event in events:
+        if not isinstance(event, Text):
+            cut = thinking and isinstance(event, Finish) and event.reason == "length"
+            yield from [event] if cut else [*held, event]
+            break
+        held.append(event)
+        text += event.text
+        if not thinking and text.lstrip().startswith("<think>"):
+            thinking = True
+        elif not thinking and not "<think>".startswith(text.lstrip()):
+            yield from held
+            break
+        if "</think>" in text:
+            rest = Text(text.partition("</think>")[2])
+            yield from without_blanks(itertools.chain((rest,), events))
+            break
+        text = text[-7:] if thinking else text  # the end may be the beginning of "</think>"
+    yield from events
+
+
+def without_blanks(events: Events) -> Events:
+    """Drop blanks and line ends before the first text."""
+    for event in events:
+        if isinstance(event, Text):
+            event = Text(event.text.lstrip(), event.logprobs)
+        if event != Text(""):
+            yield event
+            break
+    yield from events
 
 
 def none_lost(events: Events) -> Events:
@@ -3665,9 +3809,9 @@ def is_ours(host: str, config: Config) -> bool:
     name = hostname_in(host)
     machine = socket.gethostname().lower()
     short = machine.partition(".")[0]
-    known = (*CONTAINER_HOSTS, machine, short, short + ".local",
-             *map(hostname_in, config.allow_host))
-    return bool(name) and (is_loopback(host) or address_of(name) is not None or name in known)
+    known = [*CONTAINER_HOSTS, *map(hostname_in, config.allow_host)]
+    known += [machine, short, short + ".local"] if short else []
+    return is_loopback(host) or address_of(name) is not None or name in known
 
 
 def may_read(origin: str, config: Config) -> bool:

@@ -957,6 +957,8 @@ class Bodies(ServerCase):
             (CHAT, {"messages": USER, "max_completion_tokens": -1}, none),
             (RESPONSES, {"input": "Hi", "max_output_tokens": -1}, none),
             (CHAT, {"messages": USER, "stop": "", "options": {"stop": [""]}}, {"options": {}}),
+            (CHAT, {"messages": USER, "num_batch": 1}, {"options": {}}),  # would end the runner
+            (CHAT, {"messages": USER, "num_batch": 32}, {"options": {"num_batch": 32}}),
             (CHAT, {"messages": USER, "response_format": {"type": "json_object", "schema": WEATHER}},
              {"format": WEATHER}),
             (CHAT, {"messages": USER, "response_format": {"type": "json_object", "schema": {}}},
@@ -1211,9 +1213,17 @@ class MessagesAndCalls(ServerCase):
                 {"function": {"name": "a"}}], "tool_choice": "required", "system": "Be kind."},
              [{"role": "system", "content": "Be kind.\n\nCall the tool a: answer with the JSON object "
                'of its arguments, and nothing else: {"name": "a", "description": "", "parameters": {}}'},
-              GO_ON, {"role": "assistant", "content": "Yes"}]),
+              GO_ON, {"role": "assistant", "content": "Yes"}, GO_ON]),
             (RESPONSES, {"input": [{"role": "assistant", "content": "Yes"}]},
              [GO_ON, {"role": "assistant", "content": "Yes"}])])
+
+    def test_answers_at_the_end_are_joined_because_llama_server_takes_no_two(self) -> None:
+        said = [{"role": "assistant", "content": text} for text in ("One.", "Two.", "Three.")]
+        joined = {"role": "assistant", "content": "One.\n\nTwo.\n\nThree."}
+        self.check_asked([
+            (CHAT, {"messages": [*USER, *said]}, [*USER, joined]),
+            (MESSAGES, {"messages": [*USER, *said]}, [*USER, joined]),
+            (MESSAGES, {"messages": [*USER, *said, *USER]}, [*USER, *said, *USER])])
 
 
 # ---- Frames --------------------------------------------------------------------------------------
@@ -1962,8 +1972,7 @@ MESSAGES_REFUSALS = [
          "source.content: must be a string or a list of blocks"),
         ({"type": "search_result", "title": "T"}, "source: is required"),
         *(({"type": block_type}, f"type: {block_type} is OpenAI's: Messages calls it {ours}")
-          for block_type, ours in (("image_url", "image"), ("input_text", "text"),
-                                   ("input_image", "image"), ("function_call", "tool_use"))),
+          for block_type, ours in ollama_api.FOREIGN_BLOCKS.items()),
         ({"type": "tool_result"}, "tool_use_id: is required"),
         ({"type": "tool_result", "tool_use_id": "toolu_9"},
          'tool_use_id: no tool call before has the id "toolu_9"'))),
@@ -2414,20 +2423,21 @@ class BlocksConversations(ServerCase):
             """)
 
 
-# Requests of which all is read, and one with a block that has no text.
+# A request of which almost all is read, and one with a block that has no text.
 BLOCKS_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
     (MESSAGES, {"tools": [{"type": "custom", "name": "a", "description": "D", "input_schema": ANY},
                           {"name": "b", "defer_loading": True}],
                 "messages": [
         {"role": "user", "content": [
-            {"type": "document", "title": "T", "context": "C", "source": {"type": "text", "data": "D"}},
+            {"type": "document", "title": "T", "context": "C", "citations": {"enabled": False},
+             "source": {"type": "text", "data": "D"}},
             {"type": "search_result", "title": "T", "source": "s", "content": []},
             {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]},
         {"role": "assistant", "content": [
             {"type": "thinking", "thinking": "Hm.", "signature": "x"},
             {"type": "tool_use", "id": "x", "name": "a", "input": {"b": 1}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "is_error": True, "content": [
-            {"type": "tool_reference", "tool_name": "b"}]}]}]}, None),
+            {"type": "tool_reference", "tool_name": "b"}]}]}]}, "messages.0.content.0.citations"),
     (MESSAGES, {"messages": [*USER, {"role": "assistant", "content": [
         {"type": "web_fetch_tool_result", "tool_use_id": "w", "content": {"content": {
             "type": "document", "source": {"type": "base64", "data": "JVBERi0="}}}}]}, *USER]},
@@ -3113,11 +3123,14 @@ CHAT_REFUSALS = [
 
 
 CHAT_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
+    (CHAT, {"num_batch": 1}, "num_batch"), (CHAT, {"options": {"num_batch": 31.5}}, "options.num_batch"),
+    (CHAT, {"options": {"num_batch": 1}, "num_batch": 512}, "options.num_batch"),
+    (CHAT, {"num_batch": 32}, None), (CHAT, {"options": {"num_batch": "x"}}, None),
     (CHAT, {"messages": [
         {"role": "system", "name": "s", "content": "Hi"}, {"role": "user", "name": "ann", "content": [
             {"type": "image_url", "image_url": {"url": "data:;base64,AAAA", "detail": "low"}},
             {"type": "text", "text": "Hi", "prompt_cache_breakpoint": {"mode": "explicit"}}]},
-        {"role": "assistant", "content": "Hi", "audio": {"id": "a"}, "refusal": None, "annotations": [],
+        {"role": "assistant", "content": "Hi", "audio": {"id": "a"}, "refusal": "No.", "annotations": [],
          "tool_calls": [{"id": "a", "type": "function", "index": 0, "extra_content": {"google": {}},
                          "function": {"name": "f", "arguments": "{}"}}]}],
         "response_format": {"type": "text", "schema": ANY},
@@ -4187,6 +4200,27 @@ class ModelsAndHealth(ServerCase):
             self.assertEqual((reply["first_id"], reply["last_id"], reply["has_more"]),
                              ("m0:x", "m4:x", False))
 
+    def test_what_models_can_do_is_asked_where_the_list_does_not_tell(self) -> None:
+        models = [{"name": name, "capabilities": ["completion"]} for name in ("a:x", "b:x", "c:x")]
+        self.ollama.gets["/api/tags"] = {"models": [*models, *TAGS["models"]]}
+        shown = Script([{"capabilities": ["completion", "tools"]}])
+        gone = Script([{"error": "model 'b:x' not found"}], 404)
+        self.ollama.queue(shown, gone, Script([{}]), shown)
+        found = self.ask("GET", "/v1/models").json["data"]
+        self.assertEqual([model.get("capabilities") for model in found], [
+            ["completion", "tools"], ["completion"], ["completion"], None, ["completion", "thinking"]])
+        self.assertEqual([body["model"] for _, body in self.ollama.asked], ["a:x", "b:x", "c:x"])
+        found = self.ask("GET", "/v1/models/a:x").json
+        self.assertEqual(found["capabilities"], ["completion", "tools"])
+
+    def test_a_list_of_models_does_not_wait_for_what_they_can_do(self) -> None:
+        self.port = self.serve(show_seconds=0.05).server_address[1]
+        models = [{"name": f"m{n}", "capabilities": ["completion"]} for n in range(50)]
+        self.ollama.gets["/api/tags"] = {"models": models}
+        self.ollama.queue(Script([threading.Event()]))
+        self.assertEqual(len(self.ask("GET", "/v1/models").json["data"]), 50)
+        self.assertEqual(len(self.ollama.asked), 1)
+
     def test_claude_code_is_offered_each_model_that_completes_under_a_name_that_it_shows(self) -> None:
         embedder = {"name": "embed:latest", "capabilities": ["embedding"]}
         self.ollama.gets["/api/tags"] = {"models": [*TAGS["models"], embedder]}
@@ -4372,13 +4406,54 @@ class ForcedCalls(ServerCase):
             self.assertIn('"stop_reason": "tool_use"', reply.text)
 
     def test_a_prefill_does_not_come_between(self) -> None:
-        for said, text in (("Sure: ", 'Sure: {"a": "x"}'), ("{", '{{"a": "x"}'), ("{", '{"a": "x"}')):
+        for said, text in (("Sure: ", '{"a": "x"}'), ("{", '{{"a": "x"}'), ("{", '{"a": "x"}')):
             self.ollama.forever = None
             self.ollama.queue(Script([content(text), done()]))
             reply = self.ask("POST", MESSAGES, {
                 "messages": [*USER, {"role": "assistant", "content": said}], "tools": self.TOOLS,
                 "tool_choice": {"type": "tool", "name": "pick"}})
             self.assertEqual(reply.json["content"][0]["input"], {"a": "x"})
+
+    def test_a_beginning_that_cannot_begin_json_is_not_the_last_message(self) -> None:
+        # Ollama 0.33, native: 400 "Failed to initialize samplers: std::exception".
+        def turns(text: str) -> List[Any]:
+            return [*USER, {"role": "assistant", "content": text}]
+        bound = {"output_config": {"format": {"type": "json_schema", "schema": WEATHER}}}
+        forced = {"tools": self.TOOLS, "tool_choice": {"type": "tool", "name": "now"}}
+        mode = {"response_format": {"type": "json_object"}}
+        self.ollama.forever = self.any_answer
+        for path, text, more in ((MESSAGES, "Here is the JSON: ", bound), (MESSAGES, "Here:", forced),
+                                 (CHAT, "Sure! ", mode), (MESSAGES, "{oops", bound), (CHAT, "[", mode),
+                                 (MESSAGES, "x {", bound)):
+            self.ollama.asked.clear()
+            self.assertEqual(self.ask("POST", path, {"messages": turns(text), **more}).status, 200)
+            messages = self.ollama.asked[0][1]["messages"]
+            self.assertEqual(messages[1:], [*turns(text), GO_ON])
+        self.ollama.asked.clear()
+        self.ask("POST", RESPONSES, {"input": turns("Yes."), "text": {"format": {"type": "json_object"}}})
+        self.assertEqual(self.ollama.asked[0][1]["messages"][1:], [*turns("Yes."), GO_ON])
+        for text in ("{", " {\n", '{"city": "Pa'):
+            self.ollama.asked.clear()
+            self.ask("POST", MESSAGES, {"messages": turns(text), **bound})
+            self.assertEqual(self.ollama.asked[0][1]["messages"][1:], turns(text))
+
+    def test_arguments_are_an_object_whatever_else_a_schema_allows(self) -> None:
+        thing = prop({"type": "string"}, required=["a"])
+        for schema, wanted, ignored in (
+                ({"enum": ["yes", "no"]}, {}, "enum"), ({"const": 5}, {}, "const"),
+                ({**thing, "enum": [{"a": "x"}]}, {"a": "text"}, "enum"),
+                ({"type": "string"}, {}, None), ({"type": ["object", "null"], **thing}, {"a": "text"}, None),
+                ({"anyOf": [{"type": "null"}, {"enum": [1]}, True, thing]}, {"a": "text"}, "anyOf"),
+                ({"anyOf": [{"type": "null"}]}, {}, "anyOf"),
+                ({"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {**thing, "const": 1}}},
+                 {"a": "text"}, "const")):
+            for name, more in (("any", {}), ("tool", {"name": "f"})):
+                reply = self.ask("POST", MESSAGES, {
+                    "messages": USER, "tools": [{"name": "f", "input_schema": schema}, {"name": "g"}],
+                    "tool_choice": {"type": name, **more}})
+                self.assertEqual(reply.json["content"][0]["input"], wanted, schema)
+                path = ignored and f"tools.0.input_schema.{ignored}"
+                self.assertEqual(reply.headers.get("x-ignored-fields"), path)
 
     def test_openais_required_and_named_tools_hold_too(self) -> None:
         tools = [{"type": "function", "function": {"name": tool["name"], "parameters":
@@ -4517,6 +4592,9 @@ SCHEMAS: List[Any] = [
      prop({"$ref": "#/$defs/0"}, **{"$defs": {"0": {"type": "null"}}}), ["s.anyOf"]),
     (nested(60), nested(60), []), (nested(30, "allOf"), nested(30, "allOf"), []),
 ]
+SCHEMAS += [
+    ({"properties": {"": {}, "a\nb": {"type": "string"}, "c": {}}, "required": ["", "a\nb", "c"]},
+     {"properties": {"c": {}}, "required": ["c"]}, ["s.properties.", "s.properties.a\nb", "s.required"])]
 BAD_SCHEMAS: List[Any] = [
     (5, "s: must be an object, not an integer"), (None, "s: must be an object, not null"),
     ({"enum": "x"}, "s.enum: must be a list"),
@@ -4753,48 +4831,95 @@ class ToolSchemas(unittest.TestCase):
 
 # ---- Asking Ollama -------------------------------------------------------------------------------
 
-# What Ollama answers, and what the client gets: texts of Ollama 0.12.11 to 0.32.15, and one that is made up.
-NATIVE_OVERFLOW = json.dumps({"error": {
-    "code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 45042, "n_ctx": 512,
-    "message": "request (45042 tokens) exceeds the available context size (512 tokens), "
-               "try increasing it"}})
-REFUSALS = [
-    (400, "the input length exceeds the context length", 400, "prompt is too long: 0 tokens > 0"),
-    (400, "input exceeds maximum context length", 400, "prompt is too long: 0 tokens > 0"),
+# What Ollama answers, and what the client gets: all error texts that were recorded of Ollama 0.12.11 to
+# 0.33, without those that differ in a name only. At the end, two that are made up.
+def nested_error(code: int, message: str, **more: Any) -> str:
+    return json.dumps({"error": {"code": code, "message": message, **more}})
+
+
+LENGTH = "context_length_exceeded"
+CRASH = "an error was encountered while running the model: "
+NATIVE_OVERFLOW = nested_error(
+    400, "request (45042 tokens) exceeds the available context size (512 tokens), try increasing it",
+    type="exceed_context_size_error", n_prompt_tokens=45042, n_ctx=512)
+REFUSALS: List[Tuple[int, str, int, str, Optional[str]]] = [
+    (400, "the input length exceeds the context length", 400, "prompt is too long", LENGTH),
+    (400, "input exceeds maximum context length", 400, "prompt is too long", LENGTH),
     (400, "the prompt is longer than the context length currently available to the model; ...", 400,
-     "prompt is too long: 0 tokens > 0"),
-    (400, NATIVE_OVERFLOW, 400, "prompt is too long: 45042 tokens > 512 maximum"),
-    (500, "request (26528 tokens) exceeds the available context size (16384 tokens), try increasing"
-     " it", 400, "prompt is too long: 26528 tokens > 16384 maximum"),
-    (404, "model 'nope' not found", 404, "model 'nope' not found"),
-    (200, "model \"nope\" not found, try pulling it first", 404, "model \"nope\" not found"),
-    (400, "registry.ollama.ai/library/plain:latest does not support tools", 400, "registry.ollama"),
-    (400, "invalid model name", 400, "invalid model name"),
-    (500, "option \"temperature\" must be of type float32", 400, "option \"temperature\" must"),
-    (500, "invalid JSON schema in format", 400, "invalid JSON schema in format"),
-    (500, "invalid format: \"\\\"xml\\\"\"; expected \"json\" or a valid JSON Schema object", 400,
-     "invalid format: "),
-    (500, json.dumps({"error": {"code": 500, "type": "server_error", "message":
-                                "image input is not supported - hint: if this is unexpected, you "
-                                "may need to provide the mmproj"}}), 400, "image input is not"),
-    (501, "This server does not support embeddings", 400, "This server does not"),
-    (501, "this build has no such thing", 400, "this build has no such thing"),
-    (503, "server busy, please try again.  maximum pending requests exceeded", 503, "server busy"),
-    (500, "llama-server process has terminated: exit status 2", 502, "Ollama failed: llama-server"),
-    (500, "an error was encountered while running the model: unexpected EOF", 502,
-     "Ollama failed: an error"),
-    (499, "request canceled", 499, "request canceled"),
-    (302, "", 502, "Ollama failed: Ollama answered 302 without a message"),
+     "prompt is too long", LENGTH),
+    (400, NATIVE_OVERFLOW, 400, "prompt is too long: 45042 tokens > 512 maximum", LENGTH),
+    (400, "request (26528 tokens) exceeds the available context size (16384 tokens), try increasing"
+     " it", 400, "prompt is too long: 26528 tokens > 16384 maximum", LENGTH),
+    (404, "model 'nope' not found", 404, "model 'nope' not found", "model_not_found"),
+    (404, "model 'nope:latest' not found", 404, "model 'nope:latest'", "model_not_found"),
+    (404, "model \"nope\" not found, try pulling it first", 404, "model \"nope\"", "model_not_found"),
+    (404, "404 page not found", 502, "Ollama failed: 404 page not found", None),
+    (405, "405 method not allowed", 502, "Ollama failed: 405 method not allowed", None),
+    *((400, text, 400, text, None) for text in (
+        "registry.ollama.ai/library/plain:latest does not support tools",
+        "registry.ollama.ai/library/plain:latest does not support insert",
+        "\"plain\" does not support thinking", "think value \"high\" is not supported for this model",
+        "invalid think value: \"max\" (must be \"high\", \"medium\", \"low\", true, or false)",
+        "json: cannot unmarshal string into Go struct field ChatRequest.messages.tool_calls.function"
+        ".arguments of type api.ToolCallFunctionArguments",
+        "Value looks like object, but can't find closing '}' symbol", "invalid model name",
+        "model is required", "time: invalid duration \"soon\"", "missing request body", "invalid input type",
+        "illegal base64 data at input byte 4", "Failed to initialize samplers: std::exception",
+        "invalid character 'n' looking for beginning of object key string",
+        "Cannot have 2 or more assistant messages at the end of the list.")),
+    *((400, nested_error(400, text, type="invalid_request_error"), 400, text, None) for text in (
+        "Field 'json_schema': \"json_schema\": JSON schema conversion failed:\nUnrecognized schema: {}",
+        "Multimodal data provided, but model does not support multimodal requests.",
+        "Unable to generate parser for this template. Automatic parser generation failed: ...")),
+    *((500, text, 400, text, None) for text in (
+        "option \"temperature\" must be of type float32", "option \"stop\" must be of type array",
+        "invalid JSON schema in format", "unable to create sampling context",
+        "Failed to create new sequence: unable to create sampling context",
+        "invalid format: \"\\\"xml\\\"\"; expected \"json\" or a valid JSON Schema object")),
+    (500, nested_error(500, "image input is not supported - hint: if this is unexpected, you may need "
+                       "to provide the mmproj", type="server_error"), 400, "image input is not", None),
+    (501, "This server does not support embeddings. Start it with `--embeddings`", 400, "This serv", None),
+    (503, "server busy, please try again.  maximum pending requests exceeded", 503, "server busy", None),
+    (500, "llama-server process has terminated: exit status 2", 502, "Ollama failed: llama-ser", None),
+    (500, CRASH + "unexpected EOF", 502, "Ollama failed: an error", None),
+    (500, CRASH + "error: task id = 0, error: request (4206 tokens) exceeds the available context size "
+     "(4096 tokens), try increasing it", 502, "Ollama failed: an error", None),
+    (500, "llama-server returned invalid tool call arguments for \"get_weather\": unexpected end of "
+     "JSON input", 502, "Ollama failed: llama-server returned", None),
+    (500, "request (4206 tokens) exceeds the available context size (4096 tokens)", 502, "Ollama fai", None),
+    (499, "request canceled", 499, "request canceled", None),
+    (302, "", 502, "Ollama failed: Ollama answered 302 without a message", None),
+    (501, "this build has no such thing", 400, "this build has no such thing", None),
 ]
 
 
 class AskingOllama(ServerCase):
 
     def test_refusals_of_ollama(self) -> None:
-        for status, text, ours, message in REFUSALS:
+        for status, text, ours, message, code in REFUSALS:
             with self.subTest(text=text):
                 error = ollama_api.refused(status, json.dumps({"error": text}))
-                self.assertEqual((error.status, error.message[:len(message)]), (ours, message))
+                self.assertEqual((error.status, error.message[:len(message)], error.code),
+                                 (ours, message, code))
+        error = ollama_api.refused(200, json.dumps({"error": "model 'nope' not found"}))
+        self.assertEqual((error.status, error.code), (404, "model_not_found"))  # before 0.12.6
+
+    def test_what_a_crash_quotes_is_not_the_error_of_this_request(self) -> None:
+        # Ollama 0.33 appends what its runner wrote before: the errors of other clients.
+        for _, text, *_ in REFUSALS:
+            for crash in (CRASH + "error: task id = 0, error: " + text, CRASH + text,
+                          "llama-server process has terminated: " + text, "error: " + text):
+                for status in (500, 200):  # 200: at the end of a stream
+                    error = ollama_api.refused(status, json.dumps({"error": crash}))
+                    self.assertEqual((error.status, error.code), (502, None), crash)
+                    self.assertEqual(error.retry_after is not None, not crash.startswith("error"))
+        self.ollama.queue(*[Script([content("The"), {"error": CRASH + NATIVE_OVERFLOW}])] * 2)
+        for path, kind in ((MESSAGES, "api_error"), (CHAT, "api_error")):
+            reply = self.ask("POST", path, {"messages": USER, "stream": True})
+            self.assertEqual(json.loads(reply.text.split("data: ")[-1])["error"]["type"], kind)
+        self.ollama.queue(Script([{"error": CRASH + NATIVE_OVERFLOW}], 500))
+        reply = self.ask("POST", CHAT, {"messages": USER, "stream": False})
+        self.assertEqual((reply.status, reply.headers["retry-after"]), (502, "1"))
 
     def test_an_error_of_ollama_that_is_not_json_keeps_its_text(self) -> None:
         for text in ("boom", "<h1>Bad gateway</h1>", "[5]"):
@@ -4802,12 +4927,22 @@ class AskingOllama(ServerCase):
 
     def test_numbers_of_an_overflow_that_ollama_does_not_tell(self) -> None:
         overflow = Script([{"error": "the input length exceeds the context length"}], 400)
+        same = {"digest": "sha256:a"}  # up to 0.20, one name is listed of all that are the same model
+        self.ollama.gets["/api/ps"] = {"models": [{"name": "other", "context_length": 9, "digest": ""},
+                                                  {**PS["models"][0], **same}]}
+        self.ollama.gets["/api/tags"] = {"models": [{"name": "plain:latest", **same}, {
+            "name": "copy:latest", **same}, {"name": "unloaded:latest", "digest": "sha256:b"}]}
         for body, told in (({"model": "plain"}, "prompt is too long: 10001 tokens > 512 maximum"),
-                           ({"model": "unloaded"}, "prompt is too long: 10001 tokens > 0 maximum")):
+                           ({"model": "copy"}, "prompt is too long: 10001 tokens > 512 maximum"),
+                           ({"model": "unloaded"}, "prompt is too long: 10001 tokens")):
             self.ollama.queue(overflow)
             reply = self.ask("POST", MESSAGES, {
                 **body, "messages": [{"role": "user", "content": "word" * 10000}]})
             self.assertEqual((reply.status, reply.json["error"]["message"]), (400, told))
+        self.ollama.queue(overflow)
+        reply = self.ask("POST", CHAT, {"model": "unloaded", "messages": USER})
+        self.assertEqual(reply.json["error"]["message"], "This model's maximum context length is exceeded. "
+                         "However, your messages resulted in 2 tokens.")
 
     def test_a_context_that_the_client_gave_as_a_text_is_not_calculated_with(self) -> None:
         self.ollama.queue(Script([{"error": "input length exceeds the context length"}], 400))
@@ -5125,6 +5260,30 @@ class EventsOfAnAnswer(ServerCase):
             self.ollama.queue(Script([{**done("stop", 9, 6), "prompt_eval_cached_count": 4}]))
             reply = self.ask("POST", path, {"messages": USER, "input": "Hi", "stream": False})
             self.assertEqual(reply.json["usage"], usage)
+
+    def test_thoughts_in_the_text_are_dropped_where_they_were_off(self) -> None:
+        for text, reason, left in (
+                ("<think>\nHm.</think>\n\nBlue. <think>", "stop", "Blue. <think>"),
+                (" \n<think></think>Blue.", "length", "Blue."), ("<thinking>", "stop", "<thinking>"),
+                ("Blue. <think>x</think>", "stop", "Blue. <think>x</think>"), ("<thi", "stop", "<thi"),
+                ("<think>Hm.", "stop", "<think>Hm."), ("<think>Hm. </thin", "length", ""),
+                ("", "stop", ""), (" ", "stop", " "), ("<think>a</think>\n", "stop", "")):
+            for size in (1, 3, 7, 100):
+                pieces = [content(text[n:n + size]) for n in range(0, len(text), size)]
+                self.ollama.forever = lambda body, pieces=pieces, reason=reason: Script(  # type: ignore
+                    [*pieces, done(reason)] if "messages" in body else
+                    [{"response": piece["message"]["content"]} for piece in pieces] + [done(reason)])
+                for path, body, found in (
+                        (MESSAGES, {"messages": USER}, lambda reply: "".join(
+                            block["text"] for block in reply["content"])),
+                        (CHAT, {"messages": USER, "reasoning_effort": "none"},
+                         lambda reply: reply["choices"][0]["message"]["content"]),
+                        (COMPLETIONS, {"prompt": "Hi"}, lambda reply: reply["choices"][0]["text"])):
+                    reply = self.ask("POST", path, {**body, "stream": False})
+                    self.assertEqual(found(reply.json), left, (path, text, size))
+            self.ollama.forever = lambda _, pieces=pieces: Script([*pieces, done()])  # type: ignore
+            reply = self.ask("POST", CHAT, {"messages": USER, "stream": False})
+            self.assertEqual(reply.json["choices"][0]["message"]["content"], text)
 
     def test_an_answer_of_nothing_is_an_error_only_where_a_tool_call_was_lost(self) -> None:
         thought, blank, one = [thinking("Hm.")], [content("\n\n")], [{"name": "a"}]
@@ -5604,6 +5763,10 @@ class Hosts(ServerCase):
         reply = self.raw(GET + b"Host: box.evil.example:80\r\n" + LAST)
         self.assertIn(b'The Host \\"box.evil.example:80\\" may be another machine', reply)
         self.assertIn(b"--allow-host NAME", reply)
+
+    def test_a_machine_without_a_name_is_not_called_so(self) -> None:
+        with mock.patch("socket.gethostname", return_value=""):
+            self.check_hosts(403, (":80", ".local", "evil.example"))
 
     def test_on_an_address_for_others_the_key_is_the_lock(self) -> None:
         server = self.serve(host="0.0.0.0", api_key=("secret",))
