@@ -3008,8 +3008,7 @@ REFUSALS = (
     Refusal("(Failed to create new sequence: )?unable to create sampling context", [500], 400),
     Refusal("option \"", [500], 400),
     Refusal("image input is not supported", [500], 400),  # 0.32, native
-    Refusal("an error was encountered while running the model|llama-server process has terminated",
-            [500], 502, retry_after=1))
+    Refusal("an error was encountered while running the model: error: ", [500], 502, retry_after=1))
 
 
 def refused(status: int, text: str) -> APIError:
@@ -3376,7 +3375,8 @@ def without_thoughts(events: Events) -> Events:
     for event in events:
         if not isinstance(event, Text):
             cut = thinking and isinstance(event, Finish) and event.reason == "length"
-            yield from [event] if cut else [*held, event]
+            yield from () if cut else held
+            yield event
             break
         held.append(event)
         text += event.text

@@ -1036,10 +1036,11 @@ def typed_objects() -> Dict[Tuple[str, Tuple[str, Any]], Any]:
     """Return the SDKs' types of a dialect's blocks, parts, items, tools and messages."""
     from anthropic.types import beta
     from openai.types import chat, responses
-    unions = {MESSAGES: [beta.BetaContentBlockParam, beta.BetaToolUnionParam, beta.BetaMessageParam],
-              CHAT: [chat.ChatCompletionContentPartParam, chat.ChatCompletionMessageParam],
-              RESPONSES: [responses.ResponseInputItemParam, responses.ToolParam,
-                          responses.ResponseInputContentParam]}
+    unions: Dict[str, List[Any]] = {
+        MESSAGES: [beta.BetaContentBlockParam, beta.BetaToolUnionParam, beta.BetaMessageParam],
+        CHAT: [chat.ChatCompletionContentPartParam, chat.ChatCompletionMessageParam],
+        RESPONSES: [responses.ResponseInputItemParam, responses.ToolParam,
+                    responses.ResponseInputContentParam]}
     found = {}
     for path in unions:
         for typed in itertools.chain(*map(members_of, unions[path])):
@@ -2065,6 +2066,7 @@ MESSAGES_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
      "thinking, tools.0.input_schema.properties.a.maxLength"),
     (MESSAGES, {"output_format": {"type": "json_schema", "schema": {"not": {}}}},
      "output_format.schema.not"),
+    (MESSAGES, {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, None),
     (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}},
                 "tools": [{"name": "a"}], "tool_choice": {"type": "any"}},
      "output_format.schema")]
@@ -2234,7 +2236,7 @@ class AnthropicSDK(SDKCase):
 
     def test_count_tokens(self) -> None:
         count = self.client().messages.count_tokens(model="plain", messages=USER, tools=[])
-        self.assertEqual((count.input_tokens, self.ollama.asked), (2, []))
+        self.assertEqual((count.input_tokens, self.ollama.asked), (30, []))
 
     def test_async(self) -> None:
         self.ollama.forever = lambda body: Script()
@@ -2288,9 +2290,9 @@ class ClaudeCode(SDKCase):
         work.mkdir(exist_ok=True)
         process = subprocess.run([str(CLAUDE), "-p", prompt], cwd=str(work), env=environment,
                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True, timeout=120)
-        self.assertEqual(process.returncode, 0, process.stdout)
-        return process.stdout.strip()
+                                 stderr=subprocess.PIPE, text=True, timeout=120)
+        self.assertEqual(process.returncode, 0, process.stdout + process.stderr)
+        return process.stdout.strip()  # since 2.1.330, stderr says that it does not know the model
 
     def test_a_plain_answer(self) -> None:
         self.ollama.forever = lambda body: Script()
@@ -3839,7 +3841,8 @@ class ResponsesSDK(OpenAICase):
             parts = parts_of(text)
             body = json.loads(parts[0][2])
             body.pop("stream", None)
-            if "error" in parts[-2][2] or "ns.b" in parts[0][2]:      # the SDK knows no namespaces
+            failed = "error" in parts[-2][2] or not parts[-1][1].startswith("200")
+            if failed or "ns.b" in parts[0][2]:      # the SDK knows no namespaces
                 continue
             first = {"model": body.pop("model"), "input": body.pop("input")}
             found = []
@@ -4912,12 +4915,12 @@ class AskingOllama(ServerCase):
                 for status in (500, 200):  # 200: at the end of a stream
                     error = ollama_api.refused(status, json.dumps({"error": crash}))
                     self.assertEqual((error.status, error.code), (502, None), crash)
-                    self.assertEqual(error.retry_after is not None, not crash.startswith("error"))
+                    self.assertEqual(error.retry_after, 1 if crash.startswith(CRASH + "error: ") else None)
         self.ollama.queue(*[Script([content("The"), {"error": CRASH + NATIVE_OVERFLOW}])] * 2)
         for path, kind in ((MESSAGES, "api_error"), (CHAT, "api_error")):
             reply = self.ask("POST", path, {"messages": USER, "stream": True})
             self.assertEqual(json.loads(reply.text.split("data: ")[-1])["error"]["type"], kind)
-        self.ollama.queue(Script([{"error": CRASH + NATIVE_OVERFLOW}], 500))
+        self.ollama.queue(Script([{"error": CRASH + "error: " + NATIVE_OVERFLOW}], 500))
         reply = self.ask("POST", CHAT, {"messages": USER, "stream": False})
         self.assertEqual((reply.status, reply.headers["retry-after"]), (502, "1"))
 
