@@ -219,6 +219,7 @@ class Question:
     stream: bool = False
     stop: Sequence[str] = ()  # for until_stop
     one_call: bool = False  # drop all but the first
+    amounts: Sequence[float] = ()  # see Counting tokens
     prompt_tokens: int = 0  # an estimate
     decode: Optional[Decode] = None
 
@@ -299,7 +300,8 @@ class Context:
     def ask(self, question: Q, reply: Callable[[Q, Events], JSON],
             stream: Callable[[Q, Events], Frames], pings: Frames) -> Reply:
         """Return Ollama's answer in the dialect's words: by `reply`, or by `stream` as frames."""
-        question.prompt_tokens = self.server.rates.tokens(question.body)
+        question.amounts = amounts_in(question.body)
+        question.prompt_tokens = self.server.rates.tokens(question.body["model"], question.amounts)
         events = self.ollama.events(question)
         if question.stream:
             frames = stream(question, events)
@@ -814,7 +816,8 @@ def create_message(context: Context) -> Reply:
 def count_tokens(context: Context) -> Reply:
     """Answer with an estimate, without Ollama: Claude Code's /context sends two dozen requests."""
     question = messages_request(context.body)
-    return Reply({"input_tokens": context.server.rates.tokens(question.body)})
+    tokens = context.server.rates.tokens(question.body["model"], amounts_in(question.body))
+    return Reply({"input_tokens": tokens})
 
 
 MESSAGES_OPTIONS = {
@@ -1269,8 +1272,9 @@ def image_part(part: Field) -> Part:
 def unknown_id(field: Field, what: str) -> APIError:
     """Return the error for a field that points to what OpenAI would have stored."""
     id = field.value.get("id") if isinstance(field.value, dict) else field.value
+    hint = ", as SDKs do with store: false" if what == "Item" else ""
     return field.invalid(f"{what} with id '{id}' not found. Nothing is kept here: send what it "
-                         "stands for. (Clients do, if their setting store is false.)")
+                         f"stands for{hint}.")
 
 
 # (field, its type) -> where its details stand: in an object that is named after the type in
@@ -2818,8 +2822,14 @@ class Ollama(contextlib.ExitStack):
             if isinstance(event, Finish):
                 self.finish = event
                 if event.stop_sequence is None:  # otherwise its counts are our estimates
-                    self.rates.learn(asked.body, event.prompt_tokens)
+                    self.learn(asked, event.prompt_tokens)
             yield event
+
+    def learn(self, asked: Question, tokens: int) -> None:
+        """Learn from Ollama's count, unless it has images in it, or a `format`: after thoughts,
+        Ollama counts the prompt of that twice."""
+        if "format" not in asked.body and not images_in(asked.body):
+            self.rates.learn(asked.body["model"], asked.amounts, tokens)
 
     def embed(self, body: JSON) -> JSON:
         response = self.ask("/api/embed", body)
@@ -2923,7 +2933,8 @@ class Ollama(contextlib.ExitStack):
         window = body["options"].get("num_ctx")
         if not isinstance(window, int):
             window = self.window_of(body["model"])
-        return PromptTooLong(max(self.rates.tokens(body), window + 1), window)
+        tokens = self.rates.tokens(body["model"], amounts_in(body))
+        return PromptTooLong(max(tokens, window + 1), window)
 
     def window_of(self, name: str) -> int:
         """Return the context window of a loaded model; 0 if it is unknown. Of models that are the
@@ -3090,18 +3101,25 @@ WEIGHTS = (
     Weight("kana", b"\xe3", 1, 1.0),
     Weight("symbols", b"\xe2", 1, 0.6),
     Weight("symbols", bytes_from(0xF0, 0xF4), 1, 3.0))  # emoji
-TABLES = [bytes(97 if byte in weight.letters else 32 for byte in range(256)) for weight in WEIGHTS]
+TABLES = {  # make an a of each of the letters, and a blank of all else
+    weight.letters: bytes(97 if byte in weight.letters else 32 for byte in range(256))
+    for weight in WEIGHTS}
 COSTS = ("words", "digits", "numbers", "marks", "accents", "alphabets", "chinese", "kana",
-         "symbols", "text of tools", "a message", "tools at all", "template", "no system prompt")
+         "symbols", "text of tools", "a message", "tools at all", "template", "no system prompt",
+         "an image")
 TOKENIZERS = {  # how the names of a family's models begin, letters and digits only: its costs
-    "gptoss": (0.99, 0.69, 1.78, 1.01, 0.3, 0.73, 0.83, 0.84, 0.82, 0.55, 4.7, 24.5, 62.8, 0.0),
-    "phi": (1.0, 0.71, 1.81, 0.95, 1.02, 1.27, 1.26, 1.08, 1.04, 0.9, 3.8, 20.0, 2.3, 0.6),
-    "llama3": (1.0, 0.72, 1.74, 0.94, 1.01, 0.84, 0.89, 0.71, 1.04, 0.77, 4.8, 77.9, 14.7, 5.5),
-    "mistral": (1.12, 1.96, 0.0, 1.34, 1.15, 1.08, 1.18, 1.14, 1.43, 0.93, 2.0, 0.0, 0.2, 1.9),
-    "qwen": (1.01, 2.12, 0.36, 0.92, 0.96, 0.94, 0.65, 0.75, 0.79, 0.79, 4.7, 73.7, 2.6, 21.4)}
+    "gptoss": (0.99, 0.69, 1.78, 1.01, 0.3, 0.73, 0.83, 0.84, 0.82,
+               0.55, 4.7, 24.5, 62.8, 0.0, 768),
+    "phi": (1.0, 0.71, 1.81, 0.95, 1.02, 1.27, 1.26, 1.08, 1.04,
+               0.9, 3.8, 20.0, 2.3, 0.6, 768),
+    "llama3": (1.0, 0.72, 1.74, 0.94, 1.01, 0.84, 0.89, 0.71, 1.04,
+               0.77, 4.8, 77.9, 14.7, 5.5, 768),
+    "mistral": (1.12, 1.96, 0.0, 1.34, 1.15, 1.08, 1.18, 1.14, 1.43,
+               0.93, 2.0, 0.0, 0.2, 1.9, 768),
+    "qwen": (1.01, 2.12, 0.36, 0.92, 0.96, 0.94, 0.65, 0.75, 0.79,
+               0.79, 4.7, 73.7, 2.6, 21.4, 768)}
 # How far the costs of another model may be from what these five have in common
-DEVIATIONS = (0.08, 0.08, 0.1, 0.06, 0.1, 0.1, 0.08, 0.08, 0.12, 0.08, 0.7, 8.0, 5.0, 4.0)
-IMAGE_TOKENS = 768  # Ollama's guess
+DEVIATIONS = (0.08, 0.08, 0.1, 0.06, 0.1, 0.1, 0.08, 0.08, 0.12, 0.08, 0.7, 8.0, 5.0, 4.0, 0)
 RATES_KEPT = 1000  # models; with an alias for *, clients invent names
 SAMPLE = 64, 4096  # pieces of a long text, and bytes of each
 
@@ -3112,6 +3130,7 @@ def dot(one: Vector, two: Vector) -> float:
     return float(sum(map(operator.mul, one, two)))
 
 
+@functools.lru_cache(RATES_KEPT)
 def first_costs(name: str) -> Vector:
     """Return the costs of a model of which no count is known: its family's, or those of all."""
     plain = re.sub("[^a-z0-9]", "", name.lower().rpartition("/")[2])
@@ -3153,21 +3172,19 @@ class TokenRates:
         self.lock = threading.Lock()
         self.costs: Dict[str, Costs] = {}  # by model
 
-    def tokens(self, body: Prompt) -> int:
-        tokens = dot(amounts_in(body), self.values(body["model"]))
-        return max(1, round(tokens) + IMAGE_TOKENS * images_in(body))
+    def tokens(self, name: str, amounts: Vector) -> int:
+        """Return how many tokens a prompt with these `amounts` is for a model."""
+        return max(1, round(dot(amounts, self.values(name))))
 
     def values(self, name: str) -> Vector:
         with self.lock:
             known = self.costs.get(name)
         return known.values if known else first_costs(name)
 
-    def learn(self, body: Prompt, tokens: int) -> None:
-        """Learn from Ollama's count, unless it leaves out cached tokens (0.30.0), counts twice
-        (a `format` after thoughts), or has images in it."""
-        name, amounts = body["model"], amounts_in(body)
-        expected = dot(amounts, self.values(name))
-        if "format" in body or images_in(body) or not expected / 4 < tokens < 4 * expected + 100:
+    def learn(self, name: str, amounts: Vector, tokens: int) -> None:
+        """Learn from Ollama's count, unless it seems to leave out cached tokens (0.30.0)."""
+        expected = self.tokens(name, amounts)
+        if not expected / 4 < tokens < 4 * expected + 100:
             return
         with self.lock:
             costs = self.costs.pop(name, None) or Costs(name)
@@ -3189,7 +3206,7 @@ def amounts_in(body: Prompt) -> Vector:
     of_tools = weights_of("\n".join(map(plain_json, tools)))
     without_system = not messages or messages[0]["role"] != "system"
     return [*(text[cost] for cost in COSTS[:9]), sum(of_tools.values()), len(messages) or 1,
-            bool(tools), 1, without_system]
+            bool(tools), 1, without_system, images_in(body)]
 
 
 def weights_of(text: str) -> Dict[str, float]:
@@ -3200,11 +3217,15 @@ def weights_of(text: str) -> Dict[str, float]:
     sample = data if step <= size else b"".join(
         data[start:start + size] for start in range(0, step * pieces, step))
     scale = len(data) / len(sample) if sample else 1
+    plain = sample.isascii()  # as most are: a third of the cost
+    marked = {letters: sample.translate(table) for letters, table in TABLES.items()
+              if sample and not (plain and letters[0] > 127)}
     found = dict.fromkeys(COSTS, 0.0)
-    for weight, table in zip(WEIGHTS, TABLES):
-        marked = sample.translate(table)  # each of the letters is an a, all else is a blank
-        runs = marked.count(b"a" * weight.run) if weight.run else len(marked.split())
-        found[weight.cost] += scale * weight.tokens * runs
+    for cost, letters, run, tokens in WEIGHTS:
+        if letters in marked:
+            text_of_a = marked[letters]
+            runs = text_of_a.count(b"a" * run) if run else len(text_of_a.split())
+            found[cost] += scale * tokens * runs
     return found
 
 

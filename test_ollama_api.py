@@ -2289,8 +2289,8 @@ class ClaudeCode(SDKCase):
         work = Path(folder, "work")
         work.mkdir(exist_ok=True)
         process = subprocess.run([str(CLAUDE), "-p", prompt], cwd=str(work), env=environment,
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True, timeout=120)
+                                 stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                 timeout=120)
         self.assertEqual(process.returncode, 0, process.stdout + process.stderr)
         return process.stdout.strip()  # since 2.1.330, stderr says that it does not know the model
 
@@ -5422,21 +5422,30 @@ class CountTokens(ServerCase):
             self.assertEqual(other, first)
 
     def test_counts_that_mean_something_else_teach_nothing(self) -> None:
+        before = self.ask("POST", self.COUNT, self.prompt(100)).json
+        image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        text = {"type": "text", "text": "Why is the sky blue? " * 100}
+        seen = {"messages": [{"role": "user", "content": [image, text]}]}
+        bound = {"tools": [], "output_format": {"type": "json_schema", "schema": ANY}}
+        for more, tokens in (({}, 0), ({}, 3), ({}, 100000), (bound, 2000), (seen, 2000)):
+            self.ollama.queue(*[Script([{"capabilities": ["vision"]}])] * (more is seen),
+                              Script([content("{}"), done("stop", tokens, 1)]))
+            self.ask("POST", MESSAGES, {**self.prompt(100), **more})
+            self.assertEqual(self.ollama.scripts, [])
+            self.assertEqual(self.ask("POST", self.COUNT, self.prompt(100)).json, before)
+
+    def test_earlier_counts_fade_and_models_do_not_mix(self) -> None:
         rates = ollama_api.TokenRates()
-        body: Any = {"model": "plain", "messages": [{"role": "user", "content": "Hello there! " * 400}]}
-        before = rates.tokens(body)
-        for more, tokens in (({}, 0), ({}, 3), ({}, 100000), ({"format": ANY}, 2000),
-                             ({"messages": [{**body["messages"][0], "images": ["AAAA"]}]}, 2000)):
-            rates.learn({**body, **more}, tokens)
-            self.assertEqual(rates.tokens(body), before)
-        rates.learn({**body, "model": "other"}, before // 2)
-        self.assertEqual(rates.tokens(body), before)
-        for tokens in (before // 2, before * 2):  # earlier counts fade
+        amounts = ollama_api.amounts_in(self.prompt(100))
+        before = rates.tokens("plain", amounts)
+        rates.learn("other", amounts, before // 2)
+        self.assertEqual(rates.tokens("plain", amounts), before)
+        for tokens in (before // 2, before * 2):
             for _ in range(12):
-                rates.learn(body, tokens)
-            self.assertAlmostEqual(rates.tokens(body), tokens, delta=0.1 * tokens)
+                rates.learn("plain", amounts, tokens)
+            self.assertAlmostEqual(rates.tokens("plain", amounts), tokens, delta=0.1 * tokens)
         for number in range(2 * ollama_api.RATES_KEPT):
-            rates.learn({**body, "model": str(number)}, before)
+            rates.learn(str(number), amounts, before)
         self.assertEqual(len(rates.costs), ollama_api.RATES_KEPT)
 
     def test_two_dozen_at_once_while_ollama_is_down(self) -> None:
