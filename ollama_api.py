@@ -520,7 +520,7 @@ def read_ollama_options(body: Field, table: Mapping[str, Option]) -> Tuple[JSON,
     stop = stop_texts(own, "stop")
     options = {**read_options(body, table), **own.value, "stop": None}
     batch = options.get("num_batch")
-    if isinstance(batch, (int, float)) and batch < LEAST_BATCH:
+    if isinstance(batch, (int, float)) and not LEAST_BATCH <= batch < 2**31:
         (own if "num_batch" in own.value else body).at("num_batch").ignore()
         options["num_batch"] = None
     return {name: value for name, value in options.items() if value is not None}, stop
@@ -668,12 +668,14 @@ def for_templates(messages: List[OllamaMessage]) -> List[OllamaMessage]:
             turns.append(message)
         elif answered:
             turns.append({"role": "user", "content": message["content"]})
-        else:
+        elif message["content"]:
             early.append(message["content"])
     if all(message["role"] != "user" for message in turns):
         turns.insert(0, {"role": "user", "content": GO_ON})
-    while [message["role"] for message in turns[-2:]] == ["assistant"] * 2:
-        turns.append(joined(turns.pop(-2), turns.pop()))
+    end = len(turns)
+    while turns[end - 1]["role"] == "assistant":  # the user's text stops it
+        end -= 1
+    turns[end:] = [joined(*turns[end:])] if len(turns) - end > 1 else turns[end:]
     system: OllamaMessage = {"role": "system", "content": "\n\n".join(early)}
     return [system, *turns] if early else turns
 
@@ -689,12 +691,18 @@ class History:
         # The client's id, or a name or "" for a call without: (Ollama's id, name of the tool)
         self.unanswered: Dict[str, Deque[Tuple[str, str]]] = {}
         self.latest: Dict[str, Tuple[str, str]] = {}
+        self.answered: Set[str] = set()  # Ollama's ids
+        self.turn_ended = False  # the user has spoken since the last call
         self.dropped: Set[str] = set()  # ids of calls that no model will see
         self.offered: Dict[str, bool] = {}  # tools that messages announce, or withdraw
         self.definitions: List[Field] = []  # tools that messages define
 
     def add_call(self, id: str, name: str, arguments: JSON) -> JSON:
         """Remember a call, and return it in Ollama's form."""
+        if self.turn_ended:
+            self.unanswered.clear()
+            self.turn_ended = False
+        self.dropped.discard(id)
         self.count += 1
         call = f"call{self.count:05}", name
         for key in [id] if id else {name, ""}:
@@ -703,8 +711,8 @@ class History:
         return {"id": call[0], "function": {"name": name, "arguments": arguments}}
 
     def end_turn(self) -> None:
-        """Wait no longer for results: the user speaks again."""
-        self.unanswered.clear()
+        """Say that the user speaks again: with the next call, older ones wait no longer."""
+        self.turn_ended = True
 
     def drop(self, owner: Field, key: str) -> None:
         """Report as ignored what no model will see. If it is a call, its result is dropped too."""
@@ -721,9 +729,13 @@ class History:
             raise owner.at(key).invalid("is required")
         known = id or name or ""
         if known in self.latest:
-            if self.unanswered.get(known):
-                self.latest[known] = self.unanswered[known].popleft()
+            waiting = self.unanswered.get(known, collections.deque())
+            while waiting and waiting[0][0] in self.answered:  # it has a name and no id: two keys
+                waiting.popleft()
+            if waiting:
+                self.latest[known] = waiting.popleft()
             own, name = self.latest[known]
+            self.answered.add(own)
             return {"role": "tool", "tool_name": name, "tool_call_id": own}
         if not name:
             raise owner.at(key).invalid(f"no tool call before has the id {dumps(id)}")
@@ -840,7 +852,11 @@ def messages_request(body: Body) -> Question:
             details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
     ignore_unread(body, MESSAGES_FIELDS)
     body.need("messages", list)
-    turns = [message for turn in uncompacted(body) for message in messages_turn(turn)]
+    turns: List[OllamaMessage] = []
+    for turn in body.each("messages"):
+        if is_compacted(turn):
+            turns.clear()
+        turns += messages_turn(turn)
     if not turns:
         raise body.at("messages").invalid(EMPTY)
 
@@ -862,13 +878,10 @@ def messages_request(body: Body) -> Question:
     return question
 
 
-def uncompacted(body: Body) -> List[Field]:
-    """Return the messages from the last compaction on: its text stands for all before."""
-    turns = list(body.each("messages"))
-    starts = [index for index, turn in enumerate(turns)
-              for block in list_of(turn.value.get("content")) if isinstance(block, dict)
-              and block.get("type") == "compaction" and block.get("content")]
-    return turns[starts[-1] if starts else 0:]
+def is_compacted(turn: Field) -> bool:
+    """Return whether a message has a summary that stands for all before it."""
+    return any(isinstance(block, dict) and block.get("type") == "compaction"
+               and block.get("content") for block in list_of(turn.value.get("content")))
 
 
 def messages_format(body: Field) -> Optional[Field]:
@@ -994,6 +1007,8 @@ def messages_turn(turn: Field) -> Messages:
     parts = list(messages_parts(turn, "content", role))
     if role == "user":
         turn.body.history.end_turn()
+    for index in [n for n, (key, _) in enumerate(parts) if key == "summary"][-1:]:
+        parts = [("before", {"role": "user", "content": parts[index][1]}), *parts[index + 1:]]
 
     before = [value for key, value in parts if key == "before"]
     yield from before
@@ -1005,12 +1020,13 @@ def messages_turn(turn: Field) -> Messages:
 
 def messages_parts(owner: Field, name: str, role: str) -> Parts:
     """Yield the parts of the content blocks in a field, whose key is one of message_of's, or
-    `before` for a whole message. Unknown blocks are dropped."""
+    `before` for a whole message, or `summary`. Unknown blocks are dropped."""
     for block in owner.blocks(name):
         block_type = block.need("type", str)
         if block_type in FOREIGN_BLOCKS:
-            raise block.at("type").invalid(f"{block_type} is OpenAI's: Messages calls it "
-                                           f"{FOREIGN_BLOCKS[block_type]}")
+            ours = FOREIGN_BLOCKS[block_type]
+            raise block.at("type").invalid(f"{block_type} is OpenAI's: Messages " + (
+                f"calls it {ours}" if ours else "has nothing like it"))
         roles, read = MESSAGES_BLOCKS.get(block_type, ((role,), other_block))
         if role not in roles:
             raise block.at("type").invalid(f"{block_type} cannot be in content of role {role}")
@@ -1044,24 +1060,28 @@ def other_block(block: Field) -> Parts:
     return iter([("content", "\n".join(texts))])
 
 
+READABLE = ("title", "url", "text", "lines", "stdout", "stderr", "error_message", "source",
+            "content")
+
+
 def readable(value: Any) -> Iterator[str]:
     """Yield the texts that are meant for the model in a part of a block of any type."""
     for item in list_of(value):
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict):
-            for name in ("title", "url", "text", "stdout", "stderr", "source", "content"):
+            for name in READABLE:
                 yield from readable(item.get(name, ()))
             if item.get("type") == "text" and isinstance(item.get("data"), str):
                 yield item["data"]
 
 
 def compaction_block(block: Field) -> Parts:
-    """Yield the summary of all that was said before, as a message; null if compacting failed."""
+    """Yield the summary of all that was said before; null if compacting failed."""
     yield from messages_parts(block, "tool_changes", "system")
     text = block.get("content", str)
     if text:
-        yield "before", {"role": "user", "content": text}
+        yield "summary", text
 
 
 def image_block(block: Field) -> Parts:
@@ -1180,7 +1200,10 @@ MESSAGES_BLOCKS: Dict[str, Tuple[Sequence[str], Callable[[Field], Parts]]] = {
 FOREIGN_BLOCKS = {
     "input_text": "text", "output_text": "text", "refusal": "text", "image_url": "image",
     "input_image": "image", "file": "document", "input_file": "document",
-    "reasoning": "thinking", "function_call": "tool_use", "function_call_output": "tool_result"}
+    "reasoning": "thinking", "function": "tool_use", "function_call": "tool_use",
+    "custom_tool_call": "tool_use", "function_call_output": "tool_result",
+    "custom_tool_call_output": "tool_result",
+    **dict.fromkeys(("input_audio", "audio_url", "video_url", "item_reference"))}
 
 
 def messages_tools(body: Body) -> Choice:
@@ -1204,7 +1227,8 @@ def messages_tools(body: Body) -> Choice:
     for tool in [*others, *(ours[name] for name in deferred if not offered[name])]:
         tool.ignore()
     return messages_choice(body.object("tool_choice"), [
-        tool_of(tool, "input_schema") for name, tool in ours.items() if offered[name]])
+        tool_of(tool, "input_schema", "defer_loading")
+        for name, tool in ours.items() if offered[name]])
 
 
 def messages_tool_is_ours(tool: Field) -> bool:
@@ -1263,7 +1287,7 @@ def image_part(part: Field) -> Part:
         owner = part.needed("image_url")
         owner.ignore_others("url")
         url = owner.needed("url", str)
-    head = re.match(r"data:(image/[\w.+-]+)?(;[\w=.-]+)*;base64,", url.value)  # RFC 2397
+    head = re.match(r"data:(image/[\w.+-]+)?(;[\w=.-]+)*;base64,", url.value, re.I)  # RFC 2397
     if head is None:
         raise url.invalid("must be a data: URL of an image in base64: nothing is fetched here")
     return "images", base64_text(url, head.end())
@@ -1828,17 +1852,18 @@ def responses_input(body: Field) -> List[OllamaMessage]:
         if item_type in FOREIGN_ITEMS:
             raise item.at("type").invalid(f"{item_type} is no item: in Responses it is "
                                           f"{FOREIGN_ITEMS[item_type]}")
-        for message in RESPONSES_ITEMS.get(item_type, dropped_item)(item):
-            if messages and messages[-1]["role"] == message["role"] == "assistant":
-                message = joined(messages.pop(), message)
-            messages.append(message)
+        messages += RESPONSES_ITEMS.get(item_type, dropped_item)(item)
     if not messages:
         raise body.at("input").invalid(EMPTY)
-    return messages
+    runs = itertools.groupby(messages, lambda message: message["role"] == "assistant")
+    return [message for said, run in runs for message in ([joined(*run)] if said else run)]
 
 
 def message_item(item: Field) -> Messages:
     role = item.one_of("role", ("user", "assistant", "system", "developer"))
+    if item.value.get("tool_calls"):
+        raise item.at("tool_calls").invalid("is of Chat Completions: in Responses, a call is an "
+                                            "item of type function_call")
     item.need("content", object)
     item.ignore_others("role", "content")
     role = OPENAI_ROLES[role]
@@ -1888,7 +1913,7 @@ def dropped_item(item: Field) -> Messages:
 
 
 def stored_item(item: Field) -> Messages:
-    raise unknown_id(item.at("id"), "Item")
+    raise unknown_id(item.needed("id", str), "Item")
 
 
 def tools_item(item: Field) -> Messages:
@@ -2314,8 +2339,9 @@ class Tool(NamedTuple):
         return {"type": "function", "function": function}
 
 
-def tool_of(tool: Field, key: str) -> Tool:
-    tool.ignore_others("name", "description", "defer_loading", key)
+def tool_of(tool: Field, key: str, *also: str) -> Tool:
+    """Read a tool whose schema is in the field `key`. Those in `also` are read elsewhere."""
+    tool.ignore_others("name", "description", key, *also)
     return Tool(tool_name(tool), tool.get("description", str) or "", tool.object(key))
 
 
@@ -2362,7 +2388,7 @@ def bind(question: Question, tools: Sequence[Tool], schema: Optional[Field]) -> 
 
     question.body["format"] = reducer.finish(form)
     messages = question.body["messages"]
-    if not re.fullmatch(r'\s*\{\s*(".*)?', prefill_of(question.body) or "{", re.DOTALL):
+    if not re.fullmatch(r"\{\s*", prefill_of(question.body) or "{"):
         # llama-server takes a prefill for the beginning of what it binds (Ollama 0.33).
         messages = [*messages, {"role": "user", "content": GO_ON}]
     start = 1 if messages[0]["role"] == "system" else 0
@@ -2478,7 +2504,7 @@ class SchemaReducer:
             value = target if isinstance(target, dict) else value
         kept = {}
         for word, part in value.items():
-            kept[word] = object_part(word, part)
+            kept[word] = object_part(word, part, schema.value)
             if kept[word] != part:
                 schema.at(word).ignore()
             if kept[word] is None:
@@ -2653,16 +2679,35 @@ def allowance(schema: Any) -> int:
     return 8 * len(plain_json(schema)) + 2000
 
 
-def object_part(word: str, part: Any) -> Any:
+def object_part(word: str, part: Any, whole: JSON) -> Any:
     """Return what a keyword of a schema says about objects; None for nothing."""
+    if word in ("enum", "const") or word == "type" and "object" not in list_of(part):
+        return None
     if word in ("anyOf", "oneOf") and isinstance(part, list):
-        return [each for each in part if may_be_object(each)] or None
-    return None if word in ("enum", "const") else part
+        return [each for each in part if is_of_objects(each, whole, set())] or None
+    if word == "allOf" and isinstance(part, list):
+        return [each for each in part if is_of_objects(each, whole, set()) is not False] or None
+    return part
 
 
-def may_be_object(schema: Any) -> bool:
-    return isinstance(schema, dict) and not {"enum", "const"} & schema.keys() and (
-        "object" in list_of(schema.get("type") or "object"))
+def is_of_objects(schema: Any, whole: JSON, seen: Set[int]) -> Optional[bool]:
+    """Return whether a schema allows nothing but objects (True), no objects (False), or more."""
+    if not isinstance(schema, dict) or id(schema) in seen:
+        return None
+    seen.add(id(schema))
+    if isinstance(schema.get("$ref"), str):
+        return is_of_objects(pointed_at(whole, schema["$ref"]), whole, seen)
+    types = list_of(schema.get("type") or [])
+    if {"enum", "const"} & schema.keys() or types and "object" not in types:
+        return False
+    if types == ["object"] or "properties" in schema:
+        return True
+    branches = [is_of_objects(each, whole, seen) for word in ("anyOf", "oneOf")
+                for each in list_of(schema.get(word, []))]
+    parts = [is_of_objects(each, whole, seen) for each in list_of(schema.get("allOf", []))]
+    if branches and not any(branches) or False in parts:
+        return False
+    return True if True in parts or branches and all(branches) else None
 
 
 def fits_grammar(name: str) -> bool:
@@ -2701,6 +2746,9 @@ def tool_schema(schema: Field) -> JSON:
     narrower = SchemaNarrower(schema.value)
     found = narrower.narrow(Schema(schema.value, schema.parent, schema.name, schema.value))
     found = without_branches(found)
+    for word in ("enum", "const", "items", "type"):  # Ollama reads none of these at the root
+        if word in schema.value and "object" not in list_of(schema.value[word]):
+            schema.at(word).ignore()
     kept: JSON = {word: found[word] for word in ("properties", "required") if word in found}
     return {"type": "object", "properties": {}, **kept}
 
@@ -2714,8 +2762,10 @@ def without_branches(schema: JSON) -> JSON:
     for branch in branches:
         for name, part in branch.get("properties", {}).items():
             found.setdefault(name, {})[plain_json(part)] = part
-    properties = {name: {"anyOf": [*parts.values()]} if len(parts) > 1 else part
-                  for name, parts in found.items() for part in [*parts.values()][:1]}
+    properties = {}
+    for name, by_json in found.items():
+        parts = [part for part in by_json.values() if part]  # {} adds nothing to the root's
+        properties[name] = {"anyOf": parts} if len(parts) > 1 else parts[0] if parts else {}
     first, *others = (dict.fromkeys(branch.get("required", ())) for branch in branches)
     required = [name for name in first if all(name in names for names in others)]
     return merged(schema, {"properties": properties, "required": required})
@@ -2788,13 +2838,18 @@ def narrow_value(word: str, value: Any) -> JSON:
 
 
 def merged(one: JSON, two: JSON) -> JSON:
-    """Return both schemas as one. `two` wins, but properties and required names are joined."""
+    """Return both schemas as one. `two` wins; but properties, required names and branches of both
+    are kept, and of a property, what each says."""
     both = {**one, **two}
     if "properties" in one and "properties" in two:
-        both["properties"] = {**one["properties"], **two["properties"]}
+        said = one["properties"]
+        both["properties"] = {**said, **{
+            name: {**said.get(name, {}), **part} for name, part in two["properties"].items()}}
     if "required" in one and "required" in two:
         names = one["required"] + two["required"]
         both["required"] = list(dict.fromkeys(names))
+    if "anyOf" in one and "anyOf" in two:
+        both["anyOf"] = one["anyOf"] + two["anyOf"]
     return both
 
 
@@ -2851,7 +2906,8 @@ class Ollama(contextlib.ExitStack):
             shown = self.get("/api/show", seconds, asked) if seconds > 0 else {}
         except APIError:
             shown = {}
-        return {**model, "capabilities": shown.get("capabilities") or model["capabilities"]}
+        abilities = shown.get("capabilities")
+        return {**model, "capabilities": abilities} if isinstance(abilities, list) else model
 
     def find_model(self, name: str) -> JSON:
         """Return the installed model that would answer a request for `name`."""
@@ -2892,9 +2948,9 @@ class Ollama(contextlib.ExitStack):
             except PromptTooLong as error:
                 raise self.with_numbers(error, body) from error
             except APIError as error:
-                if "think" in body and "does not support thinking" in error.message:
+                if "think" in body and error.code == "no_thinking":
                     del body["think"]
-                elif isinstance(body.get("think"), str) and "think value" in error.message:
+                elif isinstance(body.get("think"), str) and error.code == "no_think_level":
                     body["think"] = True
                 else:
                     raise
@@ -2909,13 +2965,15 @@ class Ollama(contextlib.ExitStack):
 
     def names(self, name: str) -> List[str]:
         """Return the names to try: `name`, also without ANTHROPIC, and that of its alias."""
-        plain = [name[len(ANTHROPIC):]] if name.startswith(ANTHROPIC) else []
-        return [name, *plain, *self.alias_of(name)]
+        plain = name[len(ANTHROPIC):] if name.startswith(ANTHROPIC) else ""
+        return [name, *([plain] if plain else []), *self.alias_of(name)]
 
     def alias_of(self, name: str) -> List[str]:
-        """Return the model of the first alias that matches, if any does."""
+        """Return the model of the first alias that matches, with or without ANTHROPIC, if any."""
+        plain = name[len(ANTHROPIC):] if name.startswith(ANTHROPIC) else name
         aliases = (alias.partition("=") for alias in self.config.alias)
-        return [model for pattern, _, model in aliases if fnmatch.fnmatchcase(name, pattern)][:1]
+        return [model for pattern, _, model in aliases
+                if any(fnmatch.fnmatchcase(each, pattern) for each in (name, plain))][:1]
 
     def missing(self, name: str) -> APIError:
         installed = ", ".join(map(model_name, self.installed())) or "none"
@@ -2999,7 +3057,8 @@ def models_in(answer: JSON) -> List[JSON]:
 
 class Refusal(NamedTuple):
     """Say what an error of Ollama means. How its text begins decides, and the status it comes with:
-    the text of a crash quotes the last errors of other clients (seen on 0.33)."""
+    the text of a crash quotes the last errors of other clients (seen on 0.33). Of several rows
+    that fit, the last one counts."""
     begins: str  # a pattern
     came_with: Sequence[int]  # any, if it stands in a stream: then there is no status
     status: int  # for the client
@@ -3013,13 +3072,17 @@ REFUSALS = (
     Refusal("input exceeds maximum context length", [400], 400, TOO_LONG),  # 0.12, to embed
     Refusal("the prompt is longer than the context length", [400], 400, TOO_LONG),  # 0.30.9
     Refusal(r"(request \(\d+ tokens\) )?exceeds the available", [400], 400, TOO_LONG),  # from 0.30
-    Refusal("model .*not found", [404], 404, "model_not_found"),
+    Refusal(r"model (\S+ )?not found", [404], 404, "model_not_found"),
+    Refusal(r"\S+ does not support thinking", [400], 400, "no_thinking"),
+    Refusal("(invalid )?think value", [400], 400, "no_think_level"),
     Refusal("404 page not found|405 method not allowed", [404, 405], 502),  # a very old Ollama
     Refusal("invalid format: |invalid JSON schema in format", [500], 400),  # to 0.32
     Refusal("(Failed to create new sequence: )?unable to create sampling context", [500], 400),
-    Refusal("option \"", [500], 400),
+    Refusal(r'option "\w+" must be of type', [500], 400),
     Refusal("image input is not supported", [500], 400),  # 0.32, native
-    Refusal("an error was encountered while running the model: error: ", [500], 502, retry_after=1))
+    Refusal("an error was encountered while running|llama-server process has", [400, 500], 502),
+    Refusal("an error was encountered while running the model: error: ", [400, 500], 502,
+            retry_after=1))
 
 
 def refused(status: int, text: str) -> APIError:
@@ -3951,7 +4014,8 @@ def is_ours(host: str, config: Config) -> bool:
 def may_read(origin: str, config: Config) -> bool:
     """Return whether pages of an origin are served: local ones, desktop programs, allowed ones."""
     scheme, mark, host = origin.partition("://")
-    patterns = (re.escape(allowed).replace(r"\*", "[^/:]+") for allowed in config.allow_origin)
+    patterns = (re.sub(r":\\\*$", ":[0-9]+", re.escape(allowed)).replace(r"\*", "[^/:?#@]+")
+                for allowed in config.allow_origin)
     return (is_loopback(host) or bool(mark) and scheme in DESKTOP_SCHEMES
             or any(re.fullmatch(pattern, origin) for pattern in patterns))
 
