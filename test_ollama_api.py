@@ -780,6 +780,19 @@ class SDKCase(ServerCase):
         super().setUp()
         self.url = f"http://127.0.0.1:{self.port}"
 
+    def answer_late(self, *steps: Any) -> None:
+        """Queue an answer that begins 0.3 s after Ollama was asked: six pings later."""
+        gate = threading.Event()
+        script = self.ollama.queue(Script([gate, *steps]))
+
+        def end_silence() -> None:
+            if script.waits.wait(PATIENCE):
+                time.sleep(0.3)
+            gate.set()
+        thread = threading.Thread(target=end_silence)
+        thread.start()
+        self.addCleanup(thread.join)
+
 
 class OpenAICase(SDKCase):
 
@@ -2162,13 +2175,10 @@ class AnthropicSDK(SDKCase):
             self.assertRegex(message._request_id, "^req_")
 
     def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_message(self) -> None:
-        gate = threading.Event()
         thoughts = [thinking("I should"), thinking(" think"), content("Answer"), done("length")]
         question = {**self.QUESTION, "thinking": {"type": "enabled", "budget_tokens": 50}}
-        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
-        timer = threading.Timer(0.3, gate.set)                # six pings
-        timer.start()
-        self.addCleanup(timer.join)
+        self.answer_late(*thoughts)
+        self.ollama.queue(Script(thoughts))
         with self.client().messages.stream(**question) as stream:
             kinds = [event.type for event in stream]
             streamed = stream.get_final_message()
@@ -3269,12 +3279,9 @@ class OpenAISDK(OpenAICase):
         self.assertRegex(completion._request_id, "^req_")
 
     def test_a_stream_survives_a_long_silence_and_ends_as_the_whole_completion(self) -> None:
-        gate = threading.Event()
         thoughts = [thinking("I should"), content("Answer"), content("."), done("stop", 7, 12)]
-        self.ollama.queue(Script([gate, *thoughts]), Script(thoughts))
-        timer = threading.Timer(0.3, gate.set)
-        timer.start()
-        self.addCleanup(timer.join)
+        self.answer_late(*thoughts)
+        self.ollama.queue(Script(thoughts))
         with self.client().chat.completions.stream(
                 **self.QUESTION, stream_options={"include_usage": True}) as stream:
             for _ in stream:
@@ -4208,11 +4215,7 @@ class ResponseStreamsSDK(OpenAICase):
     QUESTION = ResponsesSDK.QUESTION
 
     def test_a_stream_survives_a_long_silence(self) -> None:
-        gate = threading.Event()
-        self.ollama.queue(Script([gate, *SKY]))
-        timer = threading.Timer(0.3, gate.set)
-        timer.start()
-        self.addCleanup(timer.join)
+        self.answer_late(*SKY)
         numbers = [event.sequence_number
                    for event in self.client().responses.create(**self.QUESTION, stream=True)]
         self.assertEqual(numbers, list(range(len(numbers))))
