@@ -2503,8 +2503,9 @@ class SchemaReducer:
             target = pointed_at(schema.value, str(value.get("$ref")))
             value = target if isinstance(target, dict) else value
         kept = {}
+        objects = Objects(schema.value)
         for word, part in value.items():
-            kept[word] = object_part(word, part, schema.value)
+            kept[word] = objects.part(word, part)
             if kept[word] != part:
                 schema.at(word).ignore()
             if kept[word] is None:
@@ -2679,35 +2680,47 @@ def allowance(schema: Any) -> int:
     return 8 * len(plain_json(schema)) + 2000
 
 
-def object_part(word: str, part: Any, whole: JSON) -> Any:
-    """Return what a keyword of a schema says about objects; None for nothing."""
-    if word in ("enum", "const") or word == "type" and "object" not in list_of(part):
-        return None
-    if word in ("anyOf", "oneOf") and isinstance(part, list):
-        return [each for each in part if is_of_objects(each, whole, set())] or None
-    if word == "allOf" and isinstance(part, list):
-        return [each for each in part if is_of_objects(each, whole, set()) is not False] or None
-    return part
+class Objects:
+    """Find what a schema says about objects. Each part is looked at once, however often it is
+    referred to."""
 
+    def __init__(self, whole: JSON) -> None:
+        self.whole = whole
+        self.known: Dict[int, Optional[bool]] = {}  # id of a part: see `only`
 
-def is_of_objects(schema: Any, whole: JSON, seen: Set[int]) -> Optional[bool]:
-    """Return whether a schema allows nothing but objects (True), no objects (False), or more."""
-    if not isinstance(schema, dict) or id(schema) in seen:
-        return None
-    seen.add(id(schema))
-    if isinstance(schema.get("$ref"), str):
-        return is_of_objects(pointed_at(whole, schema["$ref"]), whole, seen)
-    types = list_of(schema.get("type") or [])
-    if {"enum", "const"} & schema.keys() or types and "object" not in types:
-        return False
-    if types == ["object"] or "properties" in schema:
-        return True
-    branches = [is_of_objects(each, whole, seen) for word in ("anyOf", "oneOf")
-                for each in list_of(schema.get(word, []))]
-    parts = [is_of_objects(each, whole, seen) for each in list_of(schema.get("allOf", []))]
-    if branches and not any(branches) or False in parts:
-        return False
-    return True if True in parts or branches and all(branches) else None
+    def part(self, word: str, value: Any) -> Any:
+        """Return what a keyword at the root says about objects; None for nothing."""
+        if word in ("enum", "const") or word == "type" and "object" not in list_of(value):
+            return None
+        if word in ("anyOf", "oneOf") and isinstance(value, list):
+            return [each for each in value if self.only(each)] or None
+        if word == "allOf" and isinstance(value, list):
+            return [each for each in value if self.only(each) is not False] or None
+        return value
+
+    def only(self, schema: Any, level: int = 0) -> Optional[bool]:
+        """Return whether a part allows only objects (True), none (False), or more (None)."""
+        if not isinstance(schema, dict) or level > SCHEMA_LEVELS:
+            return None
+        if id(schema) not in self.known:
+            self.known[id(schema)] = None  # for a part that leads back to itself
+            self.known[id(schema)] = self.look(schema, level + 1)
+        return self.known[id(schema)]
+
+    def look(self, schema: JSON, level: int) -> Optional[bool]:
+        if isinstance(schema.get("$ref"), str):
+            return self.only(pointed_at(self.whole, schema["$ref"]), level)
+        types = list_of(schema.get("type") or [])
+        if {"enum", "const"} & schema.keys() or types and "object" not in types:
+            return False
+        if types == ["object"] or "properties" in schema:
+            return True
+        branches = [self.only(each, level) for word in ("anyOf", "oneOf")
+                    for each in list_of(schema.get(word, []))]
+        parts = [self.only(each, level) for each in list_of(schema.get("allOf", []))]
+        if False in parts or branches and all(found is False for found in branches):
+            return False
+        return True if True in parts or branches and all(branches) else None
 
 
 def fits_grammar(name: str) -> bool:

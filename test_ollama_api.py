@@ -4513,6 +4513,18 @@ class ForcedCalls(ServerCase):
                 path = ignored and f"tools.0.input_schema.{ignored}"
                 self.assertEqual(reply.headers.get("x-ignored-fields"), path)
 
+    def test_arguments_that_refer_far_or_often_take_neither_stack_nor_time(self) -> None:
+        chain = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(2000)}
+        often = {"anyOf": [{"$ref": "#/$defs/b"}] * 5000,
+                 "$defs": {"b": {"allOf": [{"title": "T"}] * 5000}}}
+        started = time.process_time()
+        for schema in ({"anyOf": [{"$ref": "#/$defs/a0"}], "$defs": {**chain, "a2000": {}}}, often):
+            reply = self.ask("POST", MESSAGES, {
+                "messages": USER, "tools": [{"name": "f", "input_schema": schema}],
+                "tool_choice": {"type": "any"}})
+            self.assertEqual(reply.json["content"][0]["input"], {})
+        self.assertLess(time.process_time() - started, 2)
+
     def test_openais_required_and_named_tools_hold_too(self) -> None:
         tools = [{"type": "function", "function": {"name": tool["name"], "parameters":
                                                    tool["input_schema"]}} for tool in self.TOOLS]
