@@ -39,12 +39,13 @@ Contents of this file, from top to bottom
     Responses as a stream          its frames
     Models and health              what Ollama has, and whether it answers
     Routes                         the product on one screen
-    Tools                          offered, forced, or combined with a schema
+    Tools                          which of three ways they take; all that models are told
     JSON schemas                   the part of a client's schema that is safe for Ollama
     Schemas of tools               the part that Ollama reads
     Asking Ollama                  requests to Ollama, and what its errors mean
     Counting tokens                how long a prompt is
-    Events of an answer            from Ollama's chunks to events, and all filters over events
+    Events of an answer            from Ollama's chunks to events, and filters over events
+    Calls in text                  more filters: answers that are calls, in JSON
     Waiting for Ollama             watching Ollama and the client at the same time
     Reading HTTP                   from bytes to a request
     Who may ask                    web pages and keys
@@ -122,6 +123,9 @@ class Config:
         "127.0.0.1:11434", "where Ollama listens: host, host:port or a URL",
         metavar="URL", env="OLLAMA_HOST")
     model: str = option("phi4:latest", "model for requests that name none", metavar="NAME")
+    tools: str = option(
+        "any", "which models can call tools: any, or only those of which Ollama says so (native)",
+        choices=("any", "native"))
     alias: Tuple[str, ...] = option(
         (), "use MODEL for names like PATTERN (* and ?) that are not installed; repeatable, "
         "the first match wins", metavar="PATTERN=MODEL", action="append")
@@ -219,9 +223,11 @@ class Question:
     stream: bool = False
     stop: Sequence[str] = ()  # for until_stop
     one_call: bool = False  # drop all but the first
+    tools: Sequence[Tool] = ()  # that Ollama is given
     amounts: Sequence[float] = ()  # see Counting tokens
     prompt_tokens: int = 0  # an estimate
-    decode: Optional[Decode] = None
+    decode: Optional[Decode] = None  # of an answer that is bound to calls
+    speaks: bool = False  # it may be text as well: see CALL_OR_TEXT
 
 
 # Events are dataclasses: if they were NamedTuples, Text("a") == Thinking("a") would be true.
@@ -248,6 +254,7 @@ class Text:
 class ToolCall:
     name: str
     arguments: JSON
+    rescued: bool = dataclasses.field(default=False, compare=False)  # from text
 
 
 @dataclass(frozen=True)
@@ -643,13 +650,14 @@ def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
 
 
 def joined(*messages: OllamaMessage) -> OllamaMessage:
-    """Return one message of the assistant for several."""
+    """Return one message for several of the same role."""
     parts: List[Part] = []
     for message in messages:
         parts += [("content", message["content"])] if message["content"] else []
         parts += [("thinking", message["thinking"])] if "thinking" in message else []
+        parts += [("images", image) for image in message.get("images", ())]
         parts += [("tool_calls", call) for call in message.get("tool_calls", ())]
-    return message_of("assistant", parts)
+    return message_of(messages[0]["role"], parts)
 
 
 def for_templates(messages: List[OllamaMessage]) -> List[OllamaMessage]:
@@ -2157,7 +2165,7 @@ ANTHROPIC = "anthropic/"  # before a name, it changes nothing
 def list_models(context: Context) -> Reply:
     """Answer GET /v1/models with all models, whatever page a client asks for."""
     models = context.ollama.with_abilities(context.ollama.installed())
-    data = [model_object(model) for model in models]
+    data = [model_object(model, context.server.config) for model in models]
     if context.request.headers.get("user-agent", "").startswith(("claude-cli/", "claude-code/")):
         data += [{**model, "id": ANTHROPIC + model["id"]} for model in data
                  if "completion" in model.get("capabilities", ["completion"])]
@@ -2170,11 +2178,13 @@ def list_models(context: Context) -> Reply:
 def get_model(context: Context) -> Reply:
     name = context.request.argument
     model = context.ollama.find_model(name)
-    return Reply({**model_object(context.ollama.with_abilities([model])[0]), "id": name})
+    model, = context.ollama.with_abilities([model])
+    return Reply({**model_object(model, context.server.config), "id": name})
 
 
-def model_object(model: JSON) -> JSON:
-    """Turn a model of /api/tags into OpenAI's model object and Anthropic's, in one."""
+def model_object(model: JSON, config: Config) -> JSON:
+    """Turn a model of /api/tags into OpenAI's model object and Anthropic's, in one. Here, all that
+    complete can also call tools."""
     name = model_name(model)
     owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
     modified = timestamp(ollama_field(model, "modified_at", ""))
@@ -2188,6 +2198,8 @@ def model_object(model: JSON) -> JSON:
     if window:
         found.update(context_length=window, max_input_tokens=window)
     abilities: List[Any] = ollama_field(model, "capabilities", [])
+    if config.tools == "any" and "completion" in abilities and "tools" not in abilities:
+        abilities = [*abilities, "tools"]
     if abilities:
         found["capabilities"] = abilities
     return found
@@ -2311,17 +2323,24 @@ def wording_for(request: Request) -> Wording:
 
 
 # ---- Tools ---------------------------------------------------------------------------------------
-# A dialect hands its tools to `choose`, and gets ToolCall events. Ollama has no tool_choice,
-# and never calls a tool if it is given a `format`. So a forced call, or a choice between
-# tools and a schema, becomes a `format` itself: it binds the answer of any model to JSON,
-# which becomes a call or a text here. First, the texts that tell the model what to write.
+# A dialect hands its tools to `choose`, and gets ToolCall events, whatever the model. Native:
+# Ollama gets the tools, and gives their calls. Bound: a `format` binds the answer to JSON (see
+# Calls in text), where a call is forced, for which Ollama has nothing; beside a schema, with
+# which it calls no tool; where the model knows no tools; and where Ollama has lost a call.
+# Rescued: a call was written as text. First all that a model is told. In words and in the
+# grammar, the answer comes before the calls: weak models call too often.
 
 CALL_ONE = "Call the tool {}: answer with the JSON object of its arguments, and nothing else: {}"
 CALL_ANY = ('Call one of these tools: answer with a JSON object of its "name" and "parameters", '
             'and nothing else: {}')
-CALL_OR_ANSWER = ('Answer with a JSON object, and nothing else: to call a tool, of its "name" and '
-                  '"parameters"; else of an "answer" with the schema {}. The tools: {}')
+CALL_OR_TEXT = ('Answer with a JSON object like {{"answer": "your text"}}, and nothing else. Only '
+                'for what one of these tools is made for, call it instead: give a JSON object of '
+                'its "name" and "parameters". The tools: {}')
+CALL_OR_SCHEMA = ('Answer with a JSON object of an "answer" with the schema {}, and nothing else. '
+                  'Only for what one of these tools is made for, call it instead: give a JSON '
+                  'object of its "name" and "parameters". The tools: {}')
 ANSWER = "Answer with JSON of this schema, and nothing else: {}"
+RESULT = "The tool {} answered:\n{}"
 
 ANY_OBJECT: JSON = {"type": "object"}
 
@@ -2363,30 +2382,64 @@ def choose(question: Question, mode: str, tools: Sequence[Tool], schema: Optiona
         if schema is not None:
             schema.ignore()
         question.body["think"] = False
-        bind(question, tools, None)
+        bind_call(question, tools)
+    elif schema is not None and tools:
+        bind_call_or_answer(question, tools, schema)
     elif schema is not None:
-        bind(question, tools, schema)
+        reducer = SchemaReducer()
+        bind(question, reducer.finish(reducer.read(schema)),
+             ANSWER.format(plain_json(schema.value)))
     elif tools:
+        question.tools = tools
         question.body["tools"] = [tool.for_ollama() for tool in tools]
 
 
-def bind(question: Question, tools: Sequence[Tool], schema: Optional[Field]) -> None:
-    """Bind the answer to a call of one of the tools, to the schema, or to either of them.
-    The system prompt says the same in words: Ollama does not show the model its `format`."""
+def bound_instead(question: Question) -> Question:
+    """Return the question with its tools not for Ollama, but in words: to be answered by a call,
+    or by text."""
+    body = question.body.copy()
+    del body["tools"]
+    bound = dataclasses.replace(question, body=body, tools=())
+    bind_call_or_answer(bound, question.tools, None)
+    return bound
+
+
+def bind_call(question: Question, tools: Sequence[Tool]) -> None:
+    """Bind the answer to a call of one of the tools."""
     reducer = SchemaReducer()
-    if schema is not None and not tools:
-        form, words = reducer.read(schema), ANSWER.format(plain_json(schema.value))
-    elif schema is None and len(tools) == 1:
+    if len(tools) == 1:
         tool, = tools
         form = arguments_schema(reducer, tool)
         words = CALL_ONE.format(tool.name, plain_json(tool.for_model()))
         question.decode = functools.partial(ToolCall, tool.name)
     else:
-        form, words = bound_choice(reducer, tools, schema)
-        names = [tool.name for tool in tools]
-        question.decode = functools.partial(read_choice, names, schema is not None)
+        form = {"anyOf": call_schemas(reducer, tools)}
+        words = CALL_ANY.format(in_json(tools))
+        question.decode = functools.partial(read_choice, [tool.name for tool in tools], False)
+    bind(question, reducer.finish(form), words)
 
-    question.body["format"] = reducer.finish(form)
+
+def bind_call_or_answer(question: Question, tools: Sequence[Tool],
+                        schema: Optional[Field]) -> None:
+    """Bind the answer to a call of one of the tools, or to the schema; to text without one."""
+    reducer = SchemaReducer()
+    if schema is None:
+        answer: JSON = {"type": "string"}
+        words = CALL_OR_TEXT.format(in_json(tools))
+        question.speaks = True
+    else:
+        answer = reducer.read(schema)
+        words = CALL_OR_SCHEMA.format(plain_json(schema.value), in_json(tools))
+    form = {"anyOf": [object_schema(answer=answer), *call_schemas(reducer, tools)]}
+    names = [tool.name for tool in tools]
+    question.decode = functools.partial(read_choice, names, schema is not None)
+    bind(question, reducer.finish(form), words)
+
+
+def bind(question: Question, form: JSON, words: str) -> None:
+    """Bind the answer to the schema `form`. The system prompt says the same in `words`: Ollama
+    does not show the model its `format`."""
+    question.body["format"] = form
     messages = question.body["messages"]
     if not re.fullmatch(r"\{\s*", prefill_of(question.body) or "{"):
         # llama-server takes a prefill for the beginning of what it binds (Ollama 0.33).
@@ -2396,18 +2449,13 @@ def bind(question: Question, tools: Sequence[Tool], schema: Optional[Field]) -> 
     question.body["messages"] = for_templates([*messages[:start], order, *messages[start:]])
 
 
-def bound_choice(reducer: SchemaReducer, tools: Sequence[Tool],
-                 schema: Optional[Field]) -> Tuple[JSON, str]:
-    """Return the schema of a call of any tool, or of an answer too, and what it is in words."""
-    listed = plain_json([tool.for_model() for tool in tools])
-    words, answers = CALL_ANY.format(listed), []
-    if schema is not None:
-        words = CALL_OR_ANSWER.format(plain_json(schema.value), listed)
-        answers = [object_schema(answer=reducer.read(schema))]
-    calls = [
-        object_schema(name={"const": tool.name}, parameters=arguments_schema(reducer, tool))
-        for tool in tools]
-    return {"anyOf": [*calls, *answers]}, words
+def in_json(tools: Sequence[Tool]) -> str:
+    return plain_json([tool.for_model() for tool in tools])
+
+
+def call_schemas(reducer: SchemaReducer, tools: Sequence[Tool]) -> List[JSON]:
+    return [object_schema(name={"const": tool.name}, parameters=arguments_schema(reducer, tool))
+            for tool in tools]
 
 
 def arguments_schema(reducer: SchemaReducer, tool: Tool) -> JSON:
@@ -2421,13 +2469,42 @@ def object_schema(**properties: JSON) -> JSON:
 
 
 def read_choice(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
-    """Return the tool call, or the text, that an answer to CALL_ANY or CALL_OR_ANSWER holds."""
+    """Return the tool call, or the text, that an answer to CALL_ANY or CALL_OR_SCHEMA holds."""
     if may_answer and "answer" in value and "name" not in value:
         return Text(plain_json(value["answer"]))
     call = tool_call(value, "parameters")
     if call.name not in names:
         raise broken_answer(f"a call of {dumps(call.name)[:80]}, which was not offered")
     return call
+
+
+def in_words(messages: Iterable[OllamaMessage]) -> List[OllamaMessage]:
+    """Return the messages for a model whose template has no place for calls and their results.
+    What the user says next to a result is joined to it: some templates want turns to alternate."""
+    runs = itertools.groupby(map(message_in_words, messages), operator.itemgetter("role"))
+    return [message for role, run in runs
+            for message in ([joined(*run)] if role == "user" else run)]
+
+
+def message_in_words(message: OllamaMessage) -> OllamaMessage:
+    """Return a call as the JSON that the model would have written, and a result as user text."""
+    role, texts = message["role"], [message["content"]]
+    if role == "tool":
+        role, texts = "user", [RESULT.format(message["tool_name"], message["content"])]
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        called = {"name": function["name"], "parameters": function["arguments"]}
+        texts.append(plain_json(called))
+    parts: List[Part] = [("content", text) for text in texts if text]
+    parts += [("thinking", message["thinking"])] if "thinking" in message else []
+    parts += [("images", image) for image in message.get("images", ())]
+    return message_of(role, parts)
+
+
+def calls_in(body: Prompt) -> bool:
+    """Return whether the conversation has calls or results."""
+    return any("tool_calls" in message or message["role"] == "tool"
+               for message in body.get("messages", ()))
 
 
 # ---- JSON schemas --------------------------------------------------------------------------------
@@ -2880,13 +2957,35 @@ class Ollama(contextlib.ExitStack):
         self.config, self.rates, self.client = server.config, server.rates, client
         self.first_at = 0.0  # of the first token
         self.finish: Optional[Finish] = None  # how it ended, for the log
+        self.tools = ""  # the way that they took: native, bound or rescued
+        self.knows_tools: Optional[bool] = None  # the model that is asked; None: not known yet
+        self.abilities: Dict[str, List[Any]] = {}  # of models
 
     def events(self, asked: Question) -> Events:
+        """Yield the events of the answer. If the model knows no tools, or a call is lost, ask
+        again, bound, as long as the client has seen no text."""
+        said = False
+        try:
+            for event in self.answer(asked):
+                said = said or isinstance(event, Text) and not event.text.isspace()
+                yield event
+            return
+        except APIError as error:
+            if self.config.tools == "native" or said or error.code not in (NO_TOOLS, CALL_LOST):
+                raise
+            self.knows_tools = error.code == CALL_LOST
+        yield from self.answer(bound_instead(asked))
+
+    def answer(self, asked: Question) -> Events:
         body: JSON = {**asked.body, "stream": True}
         response = self.ask("/api/generate" if "prompt" in body else "/api/chat", body)
-        self.first_at = time.monotonic()  # Ollama's head comes with its first token
+        # Ollama's head comes with its first token.
+        self.first_at = self.first_at or time.monotonic()
+        self.tools = "native" if asked.tools else "bound" if asked.decode else ""
         chunks = chunks_of(response, self.config.line_bytes)
-        for event in read_as(asked, events_of(chunks), self.config.json_depth):
+        for event in read_as(asked, events_of(chunks), self.config):
+            if isinstance(event, ToolCall) and event.rescued:
+                self.tools = "rescued"
             if isinstance(event, Finish):
                 self.finish = event
                 if event.stop_sequence is None:  # otherwise its counts are our estimates
@@ -2945,9 +3044,7 @@ class Ollama(contextlib.ExitStack):
         body = {**body, "options": options, "truncate": False}
         for name in self.names(body["model"]):
             try:
-                if images_in(body):
-                    self.demand_vision(name)
-                return self.ask_model(path, {**body, "model": name})
+                return self.ask_model(path, self.fitted({**body, "model": name}))
             except APIError as error:
                 if error.code != "model_not_found":
                     raise
@@ -2968,13 +3065,27 @@ class Ollama(contextlib.ExitStack):
                 else:
                     raise
 
-    def demand_vision(self, name: str) -> None:
-        """Refuse images for a model without vision: up to 0.20 Ollama ignores them silently.
-        Before 0.6.4 it did not say what its models can do: then nothing is refused."""
-        shown = self.get("/api/show", body={"model": name})
-        abilities: List[Any] = ollama_field(shown, "capabilities", ["vision"])
-        if "vision" not in abilities:
+    def fitted(self, body: JSON) -> JSON:
+        """Return the body as its model can take it. Refuse images for one without vision: up to
+        0.20 Ollama ignores them silently. If a bound answer is wanted of one without tools, tell
+        earlier calls and results in words: its template would drop them."""
+        name = body["model"]
+        if images_in(body) and "vision" not in self.abilities_of(name):
             raise APIError(400, f"model: {dumps(name)} cannot see images.", param="model")
+        if self.config.tools == "any" and "format" in body and calls_in(body):
+            if self.knows_tools is None:
+                self.knows_tools = "tools" in self.abilities_of(name)
+            if not self.knows_tools:
+                body["messages"] = in_words(body["messages"])
+        return body
+
+    def abilities_of(self, name: str) -> List[Any]:
+        """Return what a model can do; ask once. Before 0.6.4 Ollama does not say: then it is taken
+        for granted."""
+        if name not in self.abilities:
+            shown = self.get("/api/show", body={"model": name})
+            self.abilities[name] = ollama_field(shown, "capabilities", ["vision", "tools"])
+        return self.abilities[name]
 
     def names(self, name: str) -> List[str]:
         """Return the names to try: `name`, also without ANTHROPIC, and that of its alias."""
@@ -3080,6 +3191,8 @@ class Refusal(NamedTuple):
 
 
 TOO_LONG = "context_length_exceeded"
+NO_TOOLS = "tools_not_supported"
+CALL_LOST = "tool_call_lost"
 REFUSALS = (
     Refusal("(the )?input length exceeds the context length", [400], 400, TOO_LONG),  # to 0.29
     Refusal("input exceeds maximum context length", [400], 400, TOO_LONG),  # 0.12, to embed
@@ -3088,6 +3201,9 @@ REFUSALS = (
     Refusal(r"model (\S+ )?not found", [404], 404, "model_not_found"),
     Refusal(r"\S+ does not support thinking", [400], 400, "no_thinking"),
     Refusal("(invalid )?think value", [400], 400, "no_think_level"),
+    Refusal(r"\S+ does not support tools", [400], 400, NO_TOOLS),
+    Refusal("llama-server returned invalid tool call arguments", [500], 502, CALL_LOST),  # 0.32
+    Refusal("error parsing tool call: ", [500], 502, CALL_LOST),  # gpt-oss (ollama #12884)
     Refusal("404 page not found|405 method not allowed", [404, 405], 502),  # a very old Ollama
     Refusal("invalid format: |invalid JSON schema in format", [500], 400),  # to 0.32
     Refusal("(Failed to create new sequence: )?unable to create sampling context", [500], 400),
@@ -3312,7 +3428,7 @@ def images_in(body: Prompt) -> int:
 # ---- Events of an answer -------------------------------------------------------------------------
 # Ollama's chunks become events, and nothing else looks into a chunk. Filters over the events
 # follow, one for each thing that Ollama does not do by itself; `read_as` chains those that a
-# request needs.
+# request needs. (The longest ones stand in Calls in text.)
 
 def events_of(chunks: Iterator[JSON]) -> Events:
     """Take Ollama's chunks apart. Only `done` makes an answer whole. A tool call, and what follows
@@ -3431,18 +3547,20 @@ def parse_object(data: bytes) -> JSON:
     return value
 
 
-def read_as(question: Question, events: Events, depth: int) -> Events:
-    """Return the events, filtered as the request needs. JSON in the answer may nest to `depth`."""
+def read_as(question: Question, events: Events, config: Config) -> Events:
+    """Return the events, filtered as the request needs."""
     if question.body["options"].get("num_predict") == 0:
         return only_counted(events)
     if question.body.get("think") is False:
         events = without_thoughts(events)
-    if "tools" in question.body:
+    if question.tools:
         events = none_lost(events)
     if question.decode:
-        events = decoded(events, question.decode, prefill_of(question.body), depth)
+        events = decoded(events, question, question.decode, config.json_depth)
     elif prefill_of(question.body):
         events = unrepeated(events, prefill_of(question.body))
+    elif question.tools and config.tools == "any":
+        events = rescued(events, [tool.name for tool in question.tools], config.json_depth)
     if question.one_call:
         events = first_call(events)
     if question.stop:
@@ -3512,40 +3630,8 @@ def none_lost(events: Events) -> Events:
             event.completion_tokens > 1)
         if lost and not found:
             raise APIError(502, "The model ended without an answer. If it wrote a tool call, "
-                                "Ollama could not read it, and it is lost.")
+                                "Ollama could not read it, and it is lost.", code=CALL_LOST)
         yield event
-
-
-def decoded(events: Events, decode: Decode, prefill: str, depth: int) -> Events:
-    """Collect a JSON answer, and yield the event it stands for; only the Finish if it is cut."""
-    texts = []
-    for event in events:
-        if isinstance(event, Text):
-            texts.append(event.text)
-            continue
-        if isinstance(event, Finish) and event.reason == "stop":
-            found = decode(bound_object("".join(texts), prefill, depth))
-            yield found
-            if isinstance(found, ToolCall):
-                event = dataclasses.replace(event, reason="tool_calls")
-        yield event
-
-
-def bound_object(text: str, prefill: str, depth: int) -> JSON:
-    """Return the object that an answer holds. The answer may begin with the prefill again."""
-    candidates = [text]
-    if prefill and text.startswith(prefill):
-        candidates.append(text[len(prefill):])
-    problem = ""
-    for candidate in candidates:
-        try:
-            value = strict_json(candidate.encode("utf-8", "surrogatepass"), depth)
-        except ValueError as error:
-            problem = f", {error}"
-            continue
-        if isinstance(value, dict):
-            return value
-    raise broken_answer(f"not a JSON object: {text[:80]!r}{problem}")
 
 
 def first_call(events: Events) -> Events:
@@ -3606,6 +3692,245 @@ def find_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
         if any(stop.startswith(text[-length:]) for stop in stops):
             return len(text) - length, None
     return len(text), None
+
+
+# ---- Calls in text -------------------------------------------------------------------------------
+# A bound answer is JSON: a call in it is collected, the text of an "answer" streams. Where tools
+# were offered natively, a call that the model wrote as text is rescued: but only if it is all
+# that stands there, and certainly a call. A model that explains JSON must be left alone.
+
+SPEECH = re.compile(r'\s*(\{\s*)?\{\s*"answer"\s*:\s*"')  # a prefill of { may stand before it
+
+
+def decoded(events: Events, question: Question, decode: Decode, depth: int) -> Events:
+    """Collect a JSON answer, and yield the event it stands for; only the Finish if it is cut.
+    If the question `speaks`, the text of an "answer" goes out as it arrives."""
+    text = ""
+    for event in events:
+        if isinstance(event, Text):
+            text += event.text
+            speech = SPEECH.match(text) if question.speaks else None
+            if speech:
+                begun = Text(text[speech.end():], event.logprobs)
+                yield from spoken(itertools.chain((begun,), events), depth)
+                return
+            continue
+        if isinstance(event, Finish) and event.reason == "stop":
+            found = decode(bound_object(text, prefill_of(question.body), depth))
+            yield found
+            if isinstance(found, ToolCall):
+                event = dataclasses.replace(event, reason="tool_calls")
+        yield event
+
+
+def bound_object(text: str, prefill: str, depth: int) -> JSON:
+    """Return the object that an answer holds. The answer may begin with the prefill again."""
+    candidates = [text]
+    if prefill and text.startswith(prefill):
+        candidates.append(text[len(prefill):])
+    problem = ""
+    for candidate in candidates:
+        try:
+            value = strict_json(candidate.encode("utf-8", "surrogatepass"), depth)
+        except ValueError as error:
+            problem = f", {error}"
+            continue
+        if isinstance(value, dict):
+            return value
+    raise broken_answer(f"not a JSON object: {text[:80]!r}{problem}")
+
+
+# The inside of a JSON string, as far as each escape is complete: half of a surrogate pair is not,
+# as long as the other half may follow.
+HEX, FIRST_HALF, OTHER_HALF = "[0-9a-fA-F]", "u[dD][89abAB]", "u[dD][c-fC-F]"
+INSIDE = re.compile(rf"""(?: [^"\\]+ | \\[^u] | \\(?!{FIRST_HALF})u{HEX}{{4}}
+    | \\{FIRST_HALF}{HEX}{{2}} (?: \\{OTHER_HALF}{HEX}{{2}}
+        | (?= [^\\] | \\[^u] | \\(?!{OTHER_HALF})u{HEX}{{4}} )) )*""", re.VERBOSE)
+
+
+def spoken(events: Events, depth: int) -> Events:
+    """Yield the text of an "answer", from its opening quote on, piece by piece, then the Finish."""
+    held = Text("")
+    for event in events:
+        if isinstance(event, Text):
+            held += event
+            inside = INSIDE.match(held.text)
+            if inside and inside[0]:
+                ready, held = held.split(inside.end())
+                yield Text(unescaped(ready.text), ready.logprobs)
+            continue
+        if isinstance(event, Finish) and event.reason == "stop":
+            bound_object('{"answer": "' + held.text, "", depth)  # or it is cut
+        yield event
+
+
+def unescaped(text: str) -> str:
+    """Return what the inside of a JSON string stands for (RFC 8259, 7). Half of a surrogate pair,
+    which nobody could encode, becomes U+FFFD, as in Go."""
+    if "\\" not in text:
+        return text
+    try:
+        value: str = json.loads(f'"{text}"', strict=False)
+    except ValueError as error:
+        raise broken_answer(f"not a JSON string: {text[:80]!r}") from error
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)
+
+
+TAG = "<tool_call>"
+OPENINGS = {TAG: "</tool_call>", "```json": "```", "```": "```", "": ""}  # and what closes them
+CALL_KEYS = {"name", "arguments", "parameters", "type", "id"}
+JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+
+def rescued(events: Events, names: Sequence[str], depth: int) -> Events:
+    """Yield the calls of `names` that an answer consists of: JSON of an object or a list of them,
+    by itself, in a code fence or in TAGs, of which several may follow a text. Yield anything
+    else unchanged, as soon as it can no longer be that."""
+    for up_to, openings in ((up_to_text, list(OPENINGS)), (up_to_tag, [TAG])):
+        begun = yield from up_to(events)
+        if begun is None:
+            return
+        held: List[Event] = []
+        pieces = WrittenCalls(texts_ahead(itertools.chain((begun,), events), held))
+        calls = written_calls(pieces.values(openings, names), names, depth)
+        end = held[-1]
+        if calls and isinstance(end, Finish) and end.reason == "stop":
+            yield from calls
+            yield dataclasses.replace(end, reason="tool_calls")
+            return
+        events = itertools.chain(held, events)
+    yield from events
+
+
+def up_to_text(events: Events) -> Generator[Event, None, Optional[Text]]:
+    """Yield what comes before the first text; return that."""
+    for event in events:
+        if isinstance(event, Text):
+            return event
+        yield event
+    return None
+
+
+def up_to_tag(events: Events) -> Generator[Event, None, Optional[Text]]:
+    """Yield what comes before the first TAG; return the text that begins with it."""
+    held = Text("")
+    for event in events:
+        if not isinstance(event, Text):
+            yield from (held,) if held.text else ()
+            held = Text("")
+            yield event
+        elif not held.text and "<" not in event.text:
+            yield event
+        else:
+            held += event
+            start, tag = find_stop(held.text, [TAG])
+            if start:
+                ready, held = held.split(start)
+                yield ready
+            if tag:
+                return held
+    return None
+
+
+def texts_ahead(events: Events, held: List[Event]) -> Iterator[str]:
+    """Yield the texts that come first. Hold all that is read, the first other event too."""
+    for event in events:
+        held.append(event)
+        if not isinstance(event, Text):
+            return
+        yield event.text
+
+
+class WrittenCalls:
+    """Read JSON from text that arrives in pieces, as long as it may be calls."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self.pieces = pieces
+        self.rest = ""  # has arrived, and is not read yet
+
+    def more(self) -> bool:
+        piece = next(self.pieces, None)
+        self.rest += piece or ""
+        return piece is not None
+
+    def values(self, openings: List[str], names: Sequence[str]) -> List[str]:
+        """Return the JSON values that all of the text consists of; [] if it does not."""
+        found = []
+        while True:
+            opening = self.read_opening(openings, names)
+            if opening is None:
+                return []
+            found.append(self.read_value())
+            self.skip(OPENINGS[opening])
+            self.skip("")
+            if not self.rest:
+                return found
+            openings = [TAG] if opening == TAG else []
+
+    def read_opening(self, openings: List[str], names: Sequence[str]) -> Optional[str]:
+        """Return which one stands before the next value, and whose first key fits a call."""
+        keys = ['"arguments":', '"parameters":', '"type":"function"', '"id":"',
+                *(f'"name":{plain_json(name)}' for name in names)]
+        starts = {"".join(f"{opening}{bracket}{key}".split()): opening for opening in openings
+                  for bracket in ("{", "[{") for key in keys}
+        while True:
+            bare = "".join(self.rest.split())
+            for start in starts:
+                if bare.startswith(start):
+                    self.rest = self.rest.lstrip(starts[start] + string.whitespace)
+                    return starts[start]
+            if not any(start.startswith(bare) for start in starts) or not self.more():
+                return None
+
+    def read_value(self) -> str:
+        """Return what comes up to the bracket that closes the first one; or all, without it."""
+        read, depth, quoted = [], 0, False
+        while True:
+            end = 0
+            for mark in JSON_MARKS.finditer(self.rest):
+                end = mark.end()
+                quoted ^= mark[0] == '"'
+                depth += 0 if quoted else BRACKETS.get(mark[0], 0)
+                if depth == 0:
+                    break
+            else:
+                lone = self.rest[end:].endswith("\\")  # what follows it belongs to it
+                end = len(self.rest) - lone
+            read.append(self.rest[:end])
+            self.rest = self.rest[end:]
+            if depth == 0 or not self.more():
+                return "".join(read)
+
+    def skip(self, mark: str) -> None:
+        """Read blanks, and the mark, if it comes next."""
+        self.rest = self.rest.lstrip()
+        while mark.startswith(self.rest) and self.more():
+            self.rest = self.rest.lstrip()
+        if self.rest.startswith(mark):
+            self.rest = self.rest[len(mark):].lstrip()
+
+
+def written_calls(values: Iterable[str], names: Sequence[str], depth: int) -> List[ToolCall]:
+    """Return the calls that JSON values stand for; none if one of them is none."""
+    try:
+        return [written_call(value, names, depth) for text in values
+                for value in list_of(strict_json(text.encode("utf-8", "surrogatepass"), depth))]
+    except ValueError:
+        return []
+
+
+def written_call(value: Any, names: Sequence[str], depth: int) -> ToolCall:
+    """Return the call in an object; ValueError if it is none."""
+    found: JSON = value if isinstance(value, dict) else {}
+    given = [found[key] for key in ("arguments", "parameters") if key in found]
+    arguments = given[0] if len(given) == 1 else None
+    if isinstance(arguments, str):
+        arguments = strict_json(arguments.encode(), depth)
+    if (set(found) - CALL_KEYS or found.get("name") not in names
+            or found.get("type", "function") != "function" or not isinstance(arguments, dict)):
+        raise ValueError
+    return ToolCall(found["name"], arguments, rescued=True)
 
 
 # ---- Waiting for Ollama --------------------------------------------------------------------------
@@ -4053,7 +4378,7 @@ def cross_origin(request: Request) -> Dict[str, str]:
     fields = {"access-control-allow-origin": headers["origin"], "vary": "origin"}
     if request.method != "OPTIONS":
         fields["access-control-expose-headers"] = (
-            "request-id, x-request-id, retry-after, x-should-retry, x-ignored-fields")
+            "request-id, x-request-id, retry-after, x-should-retry, x-ignored-fields, x-tools")
         return fields
     asked = headers.get("access-control-request-headers", "content-type")
     return {**fields, "access-control-allow-methods": allowed_methods(request.path),
@@ -4150,8 +4475,6 @@ class Exchange(Client):
     def serve(self, route: Route, request: Request, body: Body) -> None:
         with Ollama(self.server, self) as self.ollama:
             reply = route.endpoint(Context(request, body, self.ollama, self.server))
-            if body.ignored:
-                self.extra["x-ignored-fields"] = ", ".join(reported(body.ignored))
             if isinstance(reply.content, dict):
                 self.send_json(reply)
             else:
@@ -4226,11 +4549,20 @@ class Exchange(Client):
         fields = {"date": email.utils.formatdate(usegmt=True),
                   "request-id": self.id, "x-request-id": self.id,
                   "connection": "keep-alive" if self.reusable() else "close",
-                  **fields, **self.extra}
+                  **fields, **self.extra, **(self.how_answered() if status == 200 else {})}
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}",
                  *(f"{name}: {value}" for name, value in fields.items()), "", ""]
         self.status = status
         return "\r\n".join(lines).encode("latin-1")
+
+    def how_answered(self) -> Dict[str, str]:
+        """Return the fields that say how, as far as it is known when the head leaves."""
+        fields = {}
+        if self.body and self.body.ignored:
+            fields["x-ignored-fields"] = ", ".join(reported(self.body.ignored))
+        if self.ollama and self.ollama.tools:
+            fields["x-tools"] = self.ollama.tools
+        return fields
 
     def reusable(self) -> bool:
         """Return whether the connection may carry another request after this one."""
@@ -4260,6 +4592,8 @@ class Exchange(Client):
             tokens = ollama.finish.completion_tokens
             rate = tokens / max(now - ollama.first_at, 1e-3)
             words.append(f"in={ollama.finish.prompt_tokens} out={tokens} {rate:.1f}/s")
+        if ollama and ollama.tools:
+            words.append("tools=" + ollama.tools)
         return " ".join([*words, f"total={now - self.began:.2f}s"])
 
 
@@ -4417,40 +4751,53 @@ def tls_context(config: Config) -> Optional[ssl.SSLContext]:
 
 # ---- The demo ------------------------------------------------------------------------------------
 # `--demo` starts a stand-in for Ollama on a free port of this machine, so the whole real path
-# runs. It speaks Ollama's own API as 0.32 does, and says what it is.
+# runs. It speaks Ollama's own API as 0.32 does, and says what it is. demo-plain knows no tools.
+
+def demo_model(name: str, *abilities: str) -> JSON:
+    return {"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z",
+            "details": {"context_length": 8192}, "capabilities": ["completion", *abilities]}
+
 
 class DemoOllama(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    model: JSON = {
-        "name": "demo:latest", "model": "demo:latest", "modified_at": "2026-01-01T00:00:00Z",
-        "details": {"context_length": 8192}, "capabilities": ["completion", "tools", "thinking"]}
+    models = {model["name"]: model for model in (
+        demo_model("demo:latest", "tools", "thinking"), demo_model("demo-plain:latest"))}
 
     def do_GET(self) -> None:
         known: Dict[str, JSON] = {
-            "/api/version": {"version": "demo"}, "/api/tags": {"models": [self.model]}}
+            "/api/version": {"version": "demo"},
+            "/api/tags": {"models": list(self.models.values())}}
         self.send(200, [known[self.path]] if self.path in known else [])
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if tagged(body["model"]) != "demo:latest":
+        name = tagged(body["model"])
+        if name not in self.models:
             self.send(404, [{"error": f"model '{body['model']}' not found"}])
             return
-        lines = {"/api/show": lambda _: [self.model], "/api/chat": self.chat_lines,
+        model = self.models[name]
+        for ability, wanted in (("thinking", body.get("think")), ("tools", body.get("tools"))):
+            if wanted and ability not in model["capabilities"]:
+                self.send(400, [{"error": f"{name} does not support {ability}"}])
+                return
+        lines = {"/api/show": lambda _: [model], "/api/chat": self.chat_lines,
                  "/api/generate": self.generate_lines, "/api/embed": self.embed_lines}
         self.send(200, lines[self.path](body))
 
     def chat_lines(self, body: JSON) -> Iterator[JSON]:
         """Yield an answer word by word, or a call of the first tool if the user says "tool"."""
         last = body["messages"][-1]
+        result = last["role"] == "tool" or last["content"].startswith(RESULT.partition("{")[0])
+        wanted = "tool" in last["content"].lower() and not result
         text = f"This is a demo: no model is running. You said: {last['content']}"
         if "format" in body:
-            text = plain_json(sample(body["format"], body["format"].get("$defs", {})))
+            text = plain_json(demo_object(body["format"], text, wanted))
         words = re.findall(r"\s*\S+", text)
         end = body["options"].get("num_predict", len(words))
         message: JSON = {"role": "assistant", "content": ""}
         if body.get("think"):
             yield {"message": {**message, "thinking": "What was said?"}}
-        if "tools" in body and last["role"] == "user" and "tool" in last["content"].lower():
+        if "tools" in body and wanted:
             tool = body["tools"][0]["function"]
             arguments = sample(tool["parameters"], {})
             call = {"name": tool["name"], "arguments": arguments}
@@ -4486,6 +4833,15 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def demo_object(form: JSON, text: str, wanted: bool) -> Any:
+    """Return a value of the schema `form`: the text as an "answer", or a call if that is wanted."""
+    choices = form.get("anyOf", [form])
+    answers = choices[0].get("properties", {}).keys() == {"answer"}
+    if answers and not wanted and choices[0]["properties"]["answer"] == {"type": "string"}:
+        return {"answer": text}
+    return sample(choices[answers and wanted], form.get("$defs", {}))
 
 
 def sample(schema: JSON, definitions: JSON, level: int = 0) -> Any:

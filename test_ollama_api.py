@@ -651,6 +651,35 @@ def example(schema: Any, root: Any) -> Any:
         kind[0] if isinstance(kind, list) else kind)
 
 
+REFUSED = Script([{"error": "registry.ollama.ai/library/plain:latest does not support tools"}], 400,
+                 "application/json")
+WAYS = ("native", "none", "text", "lost")
+
+
+def said_by(way: str, body: Any, said: Any) -> Script:
+    """Return how a model says a text, or calls a tool (its name, arguments): one with native tools, one
+    that has none, one that writes its calls as text, one whose calls Ollama loses."""
+    call = None if isinstance(said, str) else said
+    if "format" in body:  # bound, to an answer or a call
+        value = {"name": call[0], "parameters": call[1]} if call else {"answer": said}
+        return Script([*map(content, re.findall(r"\W|\w+", json.dumps(value))), done()])
+    if "tools" in body and way == "none":
+        return REFUSED
+    if call and way == "text":
+        text = json.dumps({"name": call[0], "arguments": call[1]})
+        return Script([content("```json\n"), content(text), content("\n```"), done()])
+    if call:
+        return Script([done("stop", 7, 6, calls(call) if way == "native" else None)])
+    return Script([content(said), done()])
+
+
+def result_in(body: Any) -> Optional[str]:
+    """Return the result of a tool that the last message has, in Ollama's form or in words."""
+    last = body["messages"][-1]
+    words = re.match(r"The tool \S+ answered:\n(.*)", last["content"], re.DOTALL)
+    return last["content"] if last["role"] == "tool" else words and words[1]
+
+
 def body_of(**fields: Any) -> ollama_api.Body:
     return ollama_api.Body({"model": "plain", **fields}, Config())
 
@@ -1836,12 +1865,12 @@ class MessagesConversations(ServerCase):
                  "messages": [{"role": "user", "content": "[TEXT]"}]}
             ollama is asked POST /api/chat
                 {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Answer with a JSON object, and nothing else: to call a tool, of its \"name\" and \"parameters\"; else of an \"answer\" with the schema {}. The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "system", "content": "Answer with a JSON object of an \"answer\" with the schema {}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
                    {"role": "user", "content": "[TEXT]"}],
                  "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {}}, "required": ["answer"]},
                     {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
-                     "required": ["name", "parameters"]},
-                    {"type": "object", "properties": {"answer": {}}, "required": ["answer"]}]},
+                     "required": ["name", "parameters"]}]},
                  "options": {}, "stream": true, "truncate": false}
             ollama answers 200
                 content "ANSWER"
@@ -1855,22 +1884,65 @@ class MessagesConversations(ServerCase):
             """.replace("ANSWER", answer).replace("BLOCK", block).replace(
                 "REASON", "tool_use" if "tool_use" in block else "end_turn"))
 
-    def test_a_tool_call_that_ollama_swallowed_is_an_error(self) -> None:
+    def test_a_tool_call_that_ollama_swallowed_is_asked_for_again(self) -> None:
         # Up to 0.32, Ollama drops a call that it cannot parse, or of a tool that was not offered.
         self.conversation(r"""
             client sends POST /v1/messages
-                {"model": "tools", "stream": true, "tools": [{"name": "get_weather"}],
+                {"model": "both", "stream": true, "thinking": {"type": "enabled"}, "tools": [{"name": "get_weather"}],
                  "messages": [{"role": "user", "content": "[BADTOOL]"}]}
             ollama is asked POST /api/chat
-                {"model": "tools", "think": false, "messages": [{"role": "user", "content": "[BADTOOL]"}],
+                {"model": "both", "think": true, "messages": [{"role": "user", "content": "[BADTOOL]"}],
                  "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
                               "parameters": {"type": "object", "properties": {}}}}],
                  "options": {}, "stream": true, "truncate": false}
             ollama answers 200
+                thinking "Hm."
                 done stop 267 6
-            client gets 502 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "api_error",
-                 "message": "The model ended without an answer. If it wrote a tool call, Ollama could not read it, and it is lost."}}
+            ollama is asked POST /api/chat
+                {"model": "both", "think": true, "messages": [
+                   {"role": "system", "content": "Answer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"get_weather\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "user", "content": "[BADTOOL]"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"name": {"const": "get_weather"}, "parameters": {"type": "object"}},
+                     "required": ["name", "parameters"]}]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                thinking "So."
+                content "{\"name\": \"get_"
+                content "weather\", \"parameters\": {\"city\": \"Bonn\"}}"
+                done stop 300 12
+            client gets 200 text/event-stream
+                event: message_start
+                data: {"type": "message_start", "message": {"id": "msg_ID", "type": "message",
+                       "role": "assistant", "model": "both", "content": [],
+                       "stop_reason": null, "stop_sequence": null,
+                       "usage": {"input_tokens": 96, "output_tokens": 0,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 0,
+                       "content_block": {"type": "thinking", "thinking": "", "signature": ""}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "Hm."}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "So."}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": ""}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 0}
+                event: content_block_start
+                data: {"type": "content_block_start", "index": 1,
+                       "content_block": {"type": "tool_use", "id": "toolu_ID", "name": "get_weather", "input": {}}}
+                event: content_block_delta
+                data: {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": "{\"city\": \"Bonn\"}"}}
+                event: content_block_stop
+                data: {"type": "content_block_stop", "index": 1}
+                event: message_delta
+                data: {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": null},
+                       "usage": {"input_tokens": 300, "output_tokens": 12,
+                                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+                event: message_stop
+                data: {"type": "message_stop"}
             """)
 
     def test_a_tool_call_of_an_answer_that_breaks_off_is_not_passed_on(self) -> None:
@@ -1954,20 +2026,91 @@ class MessagesConversations(ServerCase):
                            "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
             """)
 
-    def test_tools_for_a_model_that_has_none_are_refused_by_ollama(self) -> None:
-        self.conversation(r"""
+    def test_a_model_without_tools_is_bound_to_a_text_or_a_call(self) -> None:
+        for answer, content_, reason in (
+                (r'{\"answer\": \"Hi, \\\"you\\\"!\\n\\u00e4\"}', r'{"type": "text", "text": "Hi, \"you\"!\n\u00e4"}', "end_turn"),
+                (r'{\"name\": \"a\", \"parameters\": {\"x\": 1}}',
+                 '{"type": "tool_use", "id": "toolu_ID", "name": "a", "input": {"x": 1}}', "tool_use")):
+            del self.ollama.asked[:]
+            self.conversation(r"""
             client sends POST /v1/messages
-                {"model": "plain", "tools": [{"name": "a"}], "messages": [{"role": "user", "content": "[TEXT]"}]}
+                {"model": "plain", "system": "Be kind.", "tools": [{"name": "a"}], "messages": [{"role": "user", "content": "[TEXT]"}]}
             ollama is asked POST /api/chat
-                {"model": "plain", "think": false, "messages": [{"role": "user", "content": "[TEXT]"}],
+                {"model": "plain", "think": false, "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "[TEXT]"}],
                  "tools": [{"type": "function", "function": {"name": "a", "description": "",
                               "parameters": {"type": "object", "properties": {}}}}],
                  "options": {}, "stream": true, "truncate": false}
             ollama answers 400
                 {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
-            client gets 400 application/json
-                {"type": "error", "request_id": "req_ID", "error": {"type": "invalid_request_error",
-                 "message": "registry.ollama.ai/library/plain:latest does not support tools"}}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Be kind.\n\nAnswer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
+                     "required": ["name", "parameters"]}]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "ANSWER"
+                done stop 7 9
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain", "content": [CONTENT],
+                 "stop_reason": "REASON", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 9,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+            """.replace("ANSWER", answer).replace("CONTENT", content_).replace("REASON", reason))
+
+    def test_a_model_without_tools_reads_calls_and_results_in_words(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/messages
+                {"model": "plain", "tools": [{"name": "a"}], "messages": [
+                   {"role": "user", "content": "[TEXT]"},
+                   {"role": "assistant", "content": [
+                      {"type": "thinking", "thinking": "Hm.", "signature": ""}, {"type": "text", "text": "Let me look."},
+                      {"type": "tool_use", "id": "t1", "name": "a", "input": {"x": 1, "\u00e4": "\""}}, {"type": "tool_use", "id": "t2", "name": "b", "input": {}}]},
+                   {"role": "user", "content": [
+                      {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "12"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]},
+                      {"type": "tool_result", "tool_use_id": "t2", "is_error": true, "content": "no {}"},
+                      {"type": "text", "text": "Well?"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "BBBB"}}]},
+                   {"role": "assistant", "content": "Twelve."}, {"role": "user", "content": "Sure?"}]}
+            ollama is asked POST /api/show
+                {"model": "plain"}
+            ollama answers 200
+                {"capabilities": ["completion", "vision"]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "user", "content": "[TEXT]"},
+                   {"role": "assistant", "content": "Let me look.", "thinking": "Hm.", "tool_calls": [
+                      {"id": "call00001", "function": {"name": "a", "arguments": {"x": 1, "\u00e4": "\""}}}, {"id": "call00002", "function": {"name": "b", "arguments": {}}}]},
+                   {"role": "tool", "tool_name": "a", "tool_call_id": "call00001", "content": "12", "images": ["AAAA"]},
+                   {"role": "tool", "tool_name": "b", "tool_call_id": "call00002", "content": "The tool failed: no {}"},
+                   {"role": "user", "content": "Well?", "images": ["BBBB"]},
+                   {"role": "assistant", "content": "Twelve."}, {"role": "user", "content": "Sure?"}],
+                 "tools": [{"type": "function", "function": {"name": "a", "description": "", "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "think": false, "messages": [
+                   {"role": "system", "content": "Answer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "user", "content": "[TEXT]"},
+                   {"role": "assistant", "thinking": "Hm.", "content": "Let me look.\n\n{\"name\": \"a\", \"parameters\": {\"x\": 1, \"\u00e4\": \"\\\"\"}}\n\n{\"name\": \"b\", \"parameters\": {}}"},
+                   {"role": "user", "content": "The tool a answered:\n12\n\nThe tool b answered:\nThe tool failed: no {}\n\nWell?", "images": ["AAAA", "BBBB"]},
+                   {"role": "assistant", "content": "Twelve."}, {"role": "user", "content": "Sure?"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
+                     "required": ["name", "parameters"]}]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"answer\": \"Yes.\"}"
+                done stop 7 9
+            client gets 200 application/json
+                {"id": "msg_ID", "type": "message", "role": "assistant", "model": "plain", "content": [{"type": "text", "text": "Yes."}],
+                 "stop_reason": "end_turn", "stop_sequence": null,
+                 "usage": {"input_tokens": 7, "output_tokens": 9,
+                           "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
             """)
 
     def test_a_thread_is_refused_in_the_way_that_the_tool_runner_understands(self) -> None:
@@ -2348,20 +2491,20 @@ class ClaudeCode(SDKCase):
 
     def test_it_reads_a_file_with_its_tool_and_answers_from_it(self) -> None:
         def answer(body: Any) -> Script:
-            last = body["messages"][-1]
-            if last["role"] != "tool":
-                return Script([line(calls(("Read", {"file_path": path}))), done()])
-            number = re.search(r"number is (\d+)", last["content"])
-            return Script([content(f"It is {number and number[1]}."), done()])
+            number = re.search(r"number is (\d+)", result_in(body) or "")
+            call = ("Read", {"file_path": path})
+            return said_by(way, body, f"It is {number[1]}." if number else call)
         self.ollama.forever = answer
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder, "work", "note.txt"))
-            Path(folder, "work").mkdir()
-            Path(path).write_text("The number is 4711.\n", encoding="utf-8")
-            self.assertEqual(self.run_claude("Which number is in note.txt?", folder), "It is 4711.")
-        offered = [tool["function"]["name"] for tool in self.ollama.asked[0][1]["tools"]]
-        self.assertIn("Read", offered)
-        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "Read")
+        for way in WAYS:
+            self.ollama.asked.clear()
+            with self.subTest(way=way), tempfile.TemporaryDirectory() as folder:
+                path = str(Path(folder, "work", "note.txt"))
+                Path(folder, "work").mkdir()
+                Path(path).write_text("The number is 4711.\n", encoding="utf-8")
+                self.assertEqual(self.run_claude("Which number is in note.txt?", folder), "It is 4711.")
+            offered = [tool["function"]["name"] for tool in self.ollama.asked[0][1]["tools"]]
+            self.assertIn("Read", offered)
+            self.assertRegex(str(self.ollama.asked[-1][1]["messages"][-1]), "'tool_name': 'Read'|The tool Read ")
 
 
 # ---- Blocks and tools of Messages ----------------------------------------------------------------
@@ -2852,6 +2995,80 @@ class ChatConversations(ServerCase):
                  "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop", "message":
                    {"role": "assistant", "content": "Blue.", "refusal": null}}],
                  "usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}}
+            """)
+
+    def test_the_text_of_a_model_without_tools_streams(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": true, "stop": "END", "messages": [{"role": "user", "content": "[TEXT]"}],
+                 "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TEXT]"}], "tools": [{"type": "function", "function":
+                   {"name": "a", "description": "", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 400
+                {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "system", "content": "Answer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {\"x\": {\"type\": \"integer\"}}}}]"},
+                   {"role": "user", "content": "[TEXT]"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+                     "required": ["name", "parameters"]}]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content " {"
+                content "\n  \"ans"
+                content "wer\" :\n\"The"
+                content " \\"
+                content "\"sky\\\" \\ud83d"
+                content "\\ude0"
+                content "0\u2028"
+                content "\\u20"
+                content "28. EN"
+                content "D"
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0, "model": "plain",
+                       "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null, "logprobs": null}]}
+                data: {"choices": [{"delta": {"content": "The"}}]}
+                data: {"choices": [{"delta": {"content": " "}}]}
+                data: {"choices": [{"delta": {"content": "\"sky\" "}}]}
+                data: {"choices": [{"delta": {"content": "\ud83d\ude00\u2028"}}]}
+                data: {"choices": [{"delta": {"content": "\u2028. "}}]}
+                data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+                data: [DONE]
+            """)
+
+    def test_a_call_that_was_written_as_text_is_a_call(self) -> None:
+        # As 0.32 streams the tags of a call that it was not asked to parse (tool-without-tools).
+        self.conversation(r"""
+            client sends POST /v1/chat/completions
+                {"model": "plain", "stream": true, "messages": [{"role": "user", "content": "[TOOL]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [{"role": "user", "content": "[TOOL]"}],
+                 "tools": [{"type": "function", "function": {"name": "get_weather", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "Let me <"
+                content "i>look</i>: "
+                content "<tool_"
+                content "call>\n{\"na"
+                content "me\": \"get_wea"
+                content "ther\", \"argu"
+                content "ments\": {\"city\": \"Bonn\"}}\n</tool_call>"
+                done stop 12 30
+            client gets 200 text/event-stream
+                data: {"id": "chatcmpl-ID", "object": "chat.completion.chunk", "created": 0, "model": "plain",
+                       "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null, "logprobs": null}]}
+                data: {"choices": [{"delta": {"content": "Let me "}}]}
+                data: {"choices": [{"delta": {"content": "<i>look</i>: "}}]}
+                data: {"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "call_ID", "type": "function",
+                       "function": {"name": "get_weather", "arguments": "{\"city\": \"Bonn\"}"}}]}}]}
+                data: {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}
+                data: [DONE]
             """)
 
     def test_ollamas_own_settings_work_at_the_top_level(self) -> None:
@@ -3687,6 +3904,42 @@ class ResponsesConversations(ServerCase):
                            "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
             """.replace("TOOLS", tools))
 
+    def test_a_call_on_which_ollama_failed_is_asked_for_again(self) -> None:
+        self.conversation(r"""
+            client sends POST /v1/responses
+                {"model": "jinja", "tools": [{"type": "custom", "name": "patch"}], "input": [
+                   {"role": "user", "content": "[TOOL]"}, {"type": "custom_tool_call", "call_id": "c1", "name": "patch", "input": "x"},
+                   {"type": "custom_tool_call_output", "call_id": "c1", "output": "ok"}]}
+            ollama is asked POST /api/chat
+                {"model": "jinja", "messages": [{"role": "user", "content": "[TOOL]"},
+                   {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "function": {"name": "patch", "arguments": {"input": "x"}}}]},
+                   {"role": "tool", "tool_name": "patch", "tool_call_id": "call00001", "content": "ok"}],
+                 "tools": [{"type": "function", "function": {"name": "patch", "description": "",
+                      "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}],
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 500
+                {"error": "llama-server returned invalid tool call arguments for \"get_weather\": unexpected end of JSON input"}
+            ollama is asked POST /api/chat
+                {"model": "jinja", "messages": [
+                   {"role": "system", "content": "Answer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"patch\", \"description\": \"\", \"parameters\": {\"type\": \"object\", \"properties\": {\"input\": {\"type\": \"string\"}}, \"required\": [\"input\"]}}]"},
+                   {"role": "user", "content": "[TOOL]"},
+                   {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "function": {"name": "patch", "arguments": {"input": "x"}}}]},
+                   {"role": "tool", "tool_name": "patch", "tool_call_id": "call00001", "content": "ok"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"name": {"const": "patch"},
+                     "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}, "required": ["name", "parameters"]}]},
+                 "options": {}, "stream": true, "truncate": false}
+            ollama answers 200
+                content "{\"name\": \"patch\", \"parameters\": {\"input\": \"*** Begin\"}}"
+                done stop 7 6
+            client gets 200 application/json
+                {"id": "resp_ID", "status": "completed", "model": "jinja", "tools": [{"type": "custom", "name": "patch"}], "output": [
+                   {"id": "ctc_ID", "type": "custom_tool_call", "name": "patch", "call_id": "call_ID", "status": "completed", "input": "*** Begin"}],
+                 "usage": {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                           "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 13}}
+            """)
+
     def test_a_schema_and_a_forced_custom_tool_bind_the_answer(self) -> None:
         for asked, told, format_, answer, output in (
                 (r'"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}',
@@ -3990,16 +4243,14 @@ wire_api = "responses"
 
     def test_it_runs_a_command_and_answers_from_what_it_prints(self) -> None:
         def answer(body: Any) -> Script:
-            last = body["messages"][-1]
-            if last["role"] != "tool":
-                command = ("exec_command", {"cmd": "echo number $((4700 + 11))"})
-                return Script([line(calls(command)), done()])
-            number = re.search(r"number (\d+)", last["content"])
-            return Script([content(f"It is {number and number[1]}."), done()])
+            number = re.search(r"number (\d+)", result_in(body) or "")
+            call = ("exec_command", {"cmd": "echo number $((4700 + 11))"})
+            return said_by(way, body, f"It is {number[1]}." if number else call)
         self.ollama.forever = answer
-        with tempfile.TemporaryDirectory() as folder:
-            self.assertEqual(self.run_codex("Which number?", folder), "It is 4711.")
-        self.assertEqual(self.ollama.asked[-1][1]["messages"][-1]["tool_name"], "exec_command")
+        for way in WAYS:
+            with self.subTest(way=way), tempfile.TemporaryDirectory() as folder:
+                self.assertEqual(self.run_codex("Which number?", folder), "It is 4711.")
+            self.assertIn("exec_command", str(self.ollama.asked[-1][1]["messages"][-1]))
 
 
 # ---- Responses as a stream -----------------------------------------------------------------------
@@ -4237,7 +4488,7 @@ class ModelsAndHealth(ServerCase):
                 {"id": "hf.co/someone/think:latest", "object": "model", "created": 1795470742,
                  "owned_by": "someone", "type": "model", "max_input_tokens": 8192,
                  "display_name": "hf.co/someone/think:latest", "context_length": 8192,
-                 "created_at": "2026-11-23T21:52:22Z", "capabilities": ["completion", "thinking"]}]})
+                 "created_at": "2026-11-23T21:52:22Z", "capabilities": ["completion", "thinking", "tools"]}]})
 
     def test_the_list_is_whole_whatever_page_a_client_asks_for(self) -> None:
         self.ollama.gets["/api/tags"] = {"models": [{"name": f"m{n}:x"} for n in range(5)]}
@@ -4256,15 +4507,16 @@ class ModelsAndHealth(ServerCase):
     def test_what_models_can_do_is_asked_where_the_list_does_not_tell(self) -> None:
         models = [{"name": name, "capabilities": ["completion"]} for name in ("a:x", "b:x", "c:x")]
         self.ollama.gets["/api/tags"] = {"models": [*models, *TAGS["models"]]}
-        shown = Script([{"capabilities": ["completion", "tools"]}])
+        shown = Script([{"capabilities": ["completion", "vision"]}])
         gone = Script([{"error": "model 'b:x' not found"}], 404)
         self.ollama.queue(shown, gone, Script([{"capabilities": "x"}]), shown)
         found = self.ask("GET", "/v1/models").json["data"]
         self.assertEqual([model.get("capabilities") for model in found], [
-            ["completion", "tools"], ["completion"], ["completion"], None, ["completion", "thinking"]])
+            ["completion", "vision", "tools"], ["completion", "tools"], ["completion", "tools"], None,
+            ["completion", "thinking", "tools"]])
         self.assertEqual([body["model"] for _, body in self.ollama.asked], ["a:x", "b:x", "c:x"])
         found = self.ask("GET", "/v1/models/a:x").json
-        self.assertEqual(found["capabilities"], ["completion", "tools"])
+        self.assertEqual(found["capabilities"], ["completion", "vision", "tools"])
 
     def test_a_list_of_models_does_not_wait_for_what_they_can_do(self) -> None:
         self.port = self.serve(show_seconds=0.05).server_address[1]
@@ -4558,6 +4810,236 @@ class ForcedCalls(ServerCase):
             reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
                                                 "tool_choice": {"type": "any"}})
             self.assertEqual(reply.status, 502)
+
+
+TOOLS: List[Any] = [{"name": "get_weather", "description": "Weather", "input_schema": WEATHER},
+                    {"name": "now", "input_schema": {}}]
+
+
+def offer(path: str, body: Any, **more: Any) -> Any:
+    """Return a request of a dialect that has TOOLS; `body` has its messages."""
+    flat = [{"name": tool["name"], "description": tool.get("description"),
+             "parameters": tool["input_schema"]} for tool in TOOLS]
+    tools = {MESSAGES: TOOLS, RESPONSES: [{"type": "function", **tool} for tool in flat],
+             CHAT: [{"type": "function", "function": tool} for tool in flat]}
+    return {**body, "tools": tools[path], **more}
+
+
+def outcome(path: str, reply: Reply) -> Tuple[str, List[Any], str]:
+    """Return the text, the calls, and why the answer ended, of a reply in any dialect, in any form."""
+    frames = [json.loads(data) for data in re.findall(r"^data: (\{.*)$", reply.text, re.M)]
+    whole: Any = frames[-1] if frames else reply.json
+    if path == CHAT:
+        parts = [frame["choices"][0] for frame in frames] or whole["choices"]
+        messages = [part.get("delta") or part.get("message") or {} for part in parts]
+        named = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+        return ("".join(message.get("content") or "" for message in messages),
+                [(call["name"], json.loads(call["arguments"])) for call in named],
+                parts[-1]["finish_reason"])
+    if path == RESPONSES:
+        items = (whole["response"] if frames else whole)["output"]
+        return ("".join(part["text"] for item in items for part in item.get("content", ())
+                        if item["type"] == "message"),
+                [(item["name"], json.loads(item["arguments"])) for item in items
+                 if item["type"] == "function_call"], "")
+    blocks = [frame["content_block"] for frame in frames if "content_block" in frame]
+    deltas = [frame["delta"] for frame in frames if "delta" in frame]
+    if not frames:
+        blocks, deltas = whole["content"], whole["content"] + [whole]
+    arguments = [json.loads(delta["partial_json"]) for delta in deltas if "partial_json" in delta]
+    named = [block for block in blocks if block["type"] == "tool_use"]
+    return ("".join(delta.get("text", "") for delta in deltas),
+            [(block["name"], given) for block, given in zip(
+                named, arguments or [block["input"] for block in named])],
+            deltas[-1]["stop_reason"])
+
+
+class ToolsOnEveryModel(ServerCase):
+    BONN = ("get_weather", {"city": "Bonn"})
+    SPOKEN = [content('{"ans'), content('wer": "The '), content('sky."'), content("}"), done()]
+    CALLED = [content('{"name": "get_weather", "para'), content('meters": {"city": "Bonn"}}'), done()]
+    WRITTEN = [content('```json\n{"name": "get_weather", '), content('"arguments": {"city": "Bonn"}}\n```'),
+               done()]
+    NATIVE = [line(calls(BONN)), done()]
+    FAILED = Script([{"error": "llama-server returned invalid tool call arguments for \"get_weather\": "
+                      "unexpected end of JSON input"}], 500, "application/json")
+    LATE = Script([thinking("Hm."), {"error": "error parsing tool call: raw='{', err=EOF"}])
+    LOST = Script([content("\n"), done("stop", 7, 6)])
+
+    def each_form(self) -> Iterator[Tuple[str, bool, Any]]:
+        for path, body, _ in DIALECTS:
+            for stream in (False, True):
+                self.ollama.asked.clear()
+                self.ollama.scripts.clear()
+                LOG.clear()
+                yield path, stream, offer(path, body, stream=stream)
+
+    def test_the_ways_of_a_tool_in_every_dialect(self) -> None:
+        for scripts, text, called_, way in (
+                ([Script(self.NATIVE)], "", [self.BONN], "native"),
+                ([Script(SKY)], "The sky is blue.", [], "native"),
+                ([REFUSED, Script(self.SPOKEN)], "The sky.", [], "bound"),
+                ([REFUSED, Script(self.CALLED)], "", [self.BONN], "bound"),
+                ([self.LOST, Script(self.CALLED)], "", [self.BONN], "bound"),
+                ([self.LOST, Script(self.SPOKEN)], "The sky.", [], "bound"),
+                ([self.FAILED, Script(self.CALLED)], "", [self.BONN], "bound"),
+                ([self.LATE, Script(self.CALLED)], "", [self.BONN], "bound"),
+                ([Script(self.WRITTEN)], "", [self.BONN], "rescued")):
+            for path, stream, body in self.each_form():
+                with self.subTest(path=path, stream=stream, way=way, scripts=str(scripts)[:300]):
+                    self.ollama.queue(*scripts)
+                    reply = self.ask("POST", path, body)
+                    self.assertEqual(reply.status, 200)
+                    self.assertEqual(outcome(path, reply)[:2], (text, called_))
+                    if path != RESPONSES:
+                        self.assertIn(outcome(path, reply)[2], ("tool_calls", "tool_use") if called_
+                                      else ("stop", "end_turn"))
+                    self.assertEqual(len(self.ollama.asked), len(scripts))
+                    self.eventually(lambda: LOG)
+                    self.assertIn(f" tools={way} ", LOG[0])
+                    late = stream and scripts[0] is self.LATE  # its thoughts are out before
+                    self.assertEqual(reply.headers["x-tools"], "native" if late else way)
+
+    def test_a_second_failure_is_an_error(self) -> None:
+        for scripts, words in (
+                ([self.LOST, Script([done("stop", 7, 0)])], "not a JSON object: ''"),
+                ([self.FAILED, self.FAILED], "Ollama failed: llama-server returned"),
+                ([REFUSED, Script([content("I would rather talk."), done()])], "not a JSON object"),
+                ([REFUSED, Script([content('{"answer": "The sky'), done()])], "not a JSON object"),
+                ([REFUSED, Script([content('{"answer": "The sky", x'), done()])], "not a JSON object"),
+                ([REFUSED, Script([content('{"answer": 5}'), done()])], "without a name"),
+                ([REFUSED, Script([content('{"name": "zzz", "parameters": {}}'), done()])], "not offered"),
+                ([REFUSED, Script([{"error": "boom"}], 500)], "Ollama failed: boom"),
+                ([REFUSED, REFUSED], "does not support tools"),
+                ([Script([content("The"), *self.FAILED.steps])], "Ollama failed: llama-server")):
+            for path, stream, body in self.each_form():
+                with self.subTest(path=path, stream=stream, words=words):
+                    self.ollama.queue(*scripts)
+                    reply = self.ask("POST", path, body)
+                    self.assertIn(words, reply.text)
+                    self.assertEqual(len(self.ollama.asked), len(scripts))
+                    self.assertEqual(reply.status, 200 if stream and '"The' in reply.text else
+                                     400 if REFUSED is scripts[-1] else 502)
+                    self.assertNotRegex(reply.text, r'DONE|message_stop|completed"|"finish_reason": "')
+
+    def test_native_tools_only_if_that_is_asked_for(self) -> None:
+        server = self.serve(tools="native")
+        self.port = server.server_address[1]
+        for script, status, words in ((REFUSED, 400, "does not support tools"), (self.LOST, 502, "it is lost"),
+                                      (self.FAILED, 502, "invalid tool call arguments"),
+                                      (Script(self.WRITTEN), 200, "```json")):
+            for path, _, body in self.each_form():
+                self.ollama.queue(script)
+                reply = self.ask("POST", path, {**body, "stream": False})
+                self.assertEqual((reply.status, len(self.ollama.asked)), (status, 1))
+                self.assertIn(words, reply.text)
+        listed = self.ask("GET", "/v1/models").json["data"]
+        self.assertEqual(listed[1]["capabilities"], ["completion", "thinking"])
+
+    def test_a_bound_answer_keeps_the_meaning_of_all_options(self) -> None:
+        two = '{"name": "now", "parameters": {"a": [{}, "}", 1e2, "\\""], "unknown": null}}'
+        for more, text, reason, left in (
+                ({"max_tokens": 3}, '{"answer": "The sky', "length", ("The sky", [], "max_tokens")),
+                ({"max_tokens": 3}, '{"answer": "The \\u26', "length", ("The ", [], "max_tokens")),
+                ({"max_tokens": 3}, '{"name": "now", "para', "length", ("", [], "max_tokens")),
+                ({"max_tokens": 0}, '{"', "length", ("", [], "max_tokens")),
+                ({"stop_sequences": ['"}', "sky"]}, '{"answer": "The \\u0073ky is"}', "stop",
+                 ("The ", [], "stop_sequence")),
+                ({"stop_sequences": ["now"]}, two, "stop",
+                 ("", [("now", {"a": [{}, "}", 100.0, '"'], "unknown": None})], "tool_use")),
+                ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, two, "stop",
+                 ("", [("now", {"a": [{}, "}", 100.0, '"'], "unknown": None})], "tool_use")),
+                ({"thinking": {"type": "adaptive"}}, ' \n{ "answer"\t:\r\n"" \n}\n', "stop", ("", [], "end_turn"))):
+            for stream, size in itertools.product((False, True), (1, 5, 100)):
+                pieces = [content(text[n:n + size]) for n in range(0, len(text), size)]
+                self.ollama.queue(REFUSED, Script([thinking("Hm."), *pieces, done(reason)]))
+                reply = self.ask("POST", MESSAGES, offer(MESSAGES, {"messages": USER}, stream=stream, **more))
+                self.assertEqual(outcome(MESSAGES, reply), left, (text, size))
+                asked = self.ollama.asked[-1][1]
+                self.assertEqual(asked["think"], "thinking" in more)
+                self.assertEqual("Hm." in reply.text, more.get("max_tokens") != 0)
+
+    def test_a_prefill_is_no_part_of_the_answer(self) -> None:
+        for said, answer in (("Sure: ", '{"answer": "x"}'), ("{", '{"answer": "x"}'), ("{", '{{"answer": "x"}'),
+                             ("{\n", '{\n{"name": "now", "parameters": {}}')):
+            self.ollama.queue(REFUSED, Script([content(answer), done()]))
+            turns = [*USER, {"role": "assistant", "content": said}]
+            reply = self.ask("POST", MESSAGES, offer(MESSAGES, {"messages": turns}))
+            text, called_, _ = outcome(MESSAGES, reply)
+            self.assertEqual((text, called_), ("", [("now", {})]) if "now" in answer else ("x", []))
+            asked = self.ollama.asked[-1][1]["messages"]
+            self.assertEqual(asked[1:], turns if said[0] == "{" else [*turns, GO_ON])
+
+    def test_a_text_is_out_before_the_next_token_and_a_cut_is_an_error(self) -> None:
+        for path, body, whole in DIALECTS:
+            gate = threading.Event()
+            self.ollama.queue(REFUSED, Script([content('{"answer": "The'), gate, content(' sky"}'), CUT]))
+            with self.open("POST", path, offer(path, body, stream=True)) as stream:
+                self.assertNotIn(b" sky", stream.until(b'"The"'))
+                gate.set()
+                reply = stream.reply()
+            self.assertIn('" sky"', reply.text)
+            self.assertNotRegex(reply.text, whole)
+            self.assertIn("IncompleteRead", reply.text)
+
+    def test_text_that_cannot_be_a_call_any_more_is_out_at_once(self) -> None:
+        for text in ("{\"title", "[1", "[link", "```python", "```json\n[\"", "<tool_call>x", "<tools>", "``x",
+                     "{\"name\": \"nobody\"", "{\"name\": \"now\", \"parameters\": {}}\n\nThis",
+                     "```\n{\"name\": \"now\", \"arguments\": {}}\n```\nSo", "{\"type\": \"object\"", "{}",
+                     "<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call> or"):
+            gate = threading.Event()
+            self.ollama.queue(Script([content(text[:-1]), content(text[-1]), gate, content(" END"), done()]))
+            with self.open("POST", CHAT, offer(CHAT, {"messages": USER}, stream=True)) as stream:
+                self.assertNotIn(b" END", stream.until(json.dumps(text[-1]).encode()))
+                gate.set()
+                self.assertEqual(outcome(CHAT, stream.reply()), (text + " END", [], "stop"))
+
+    def test_the_words_for_a_model_without_tools_stay_the_same_from_turn_to_turn(self) -> None:
+        # Or Ollama would lose its KV cache.
+        turns: List[Any] = [*USER]
+        before: List[Any] = []
+        for n in range(4):
+            self.ollama.queue(REFUSED, Script(self.CALLED))
+            self.ask("POST", MESSAGES, offer(MESSAGES, {"messages": turns, "system": "Be kind."}))
+            asked = self.ollama.asked[-1][1]["messages"]
+            self.assertEqual(asked[:len(before)], before)
+            before = asked
+            turns += [{"role": "assistant", "content": [{"type": "text", "text": "So."}, {
+                "type": "tool_use", "id": f"t{n}", "name": "now", "input": {"n": n}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"t{n}", "content": "9"}]}]
+        self.assertEqual([message["role"] for message in before], ["system", "user", *["assistant", "user"] * 3])
+
+    def test_bound_answers_read_earlier_calls_in_words_where_the_model_has_none(self) -> None:
+        turns = [*USER, {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "x", "function": {"name": "now", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "x", "content": "9"}]
+        words = [*USER, {"role": "assistant", "content": '{"name": "now", "parameters": {}}'},
+                 {"role": "user", "content": "The tool now answered:\n9"}]
+        own = [*USER, called(("call00001", "now", {})), answered("call00001", "now", "9")]
+        schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": WEATHER}}}
+        for more, shown_, wanted in (
+                ({"tool_choice": "required"}, ["completion"], words),
+                (schema, ["completion", "vision"], words), (schema, ["completion", "tools"], own),
+                ({**schema, "tool_choice": "none"}, [], words), (schema, None, own)):
+            self.ollama.asked.clear()
+            self.ollama.queue(Script([{"capabilities": shown_}]),
+                              Script([content('{"name": "now", "parameters": {}, "answer": 1, "city": "x"}'), done()]))
+            reply = self.ask("POST", CHAT, offer(CHAT, {"messages": turns}, stream=False, **more))
+            self.assertEqual(reply.status, 200)
+            self.assertEqual([path for path, _ in self.ollama.asked], ["/api/show", "/api/chat"])
+            self.assertEqual(self.ollama.asked[1][1]["messages"][1:], wanted)
+        self.ollama.asked.clear()
+        self.ollama.queue(Script([content("{}"), done()]))
+        self.ask("POST", CHAT, {"messages": USER, **schema})
+        self.assertEqual(len(self.ollama.asked), 1)  # without calls, nobody asks what a model can do
+
+    def test_what_the_grammar_leaves_out_of_a_tool_is_reported(self) -> None:
+        tools = [{"name": "f", "input_schema": prop({"type": "string", "pattern": "x", "maxLength": 5})}]
+        for stream in (False, True):
+            self.ollama.queue(REFUSED, Script(self.SPOKEN))
+            reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": tools, "stream": stream})
+            self.assertEqual(reply.headers["x-ignored-fields"], ", ".join(
+                f"tools.0.input_schema.properties.a.{word}" for word in ("maxLength", "pattern")))
 
 
 # ---- JSON schemas --------------------------------------------------------------------------------
@@ -4934,8 +5416,9 @@ REFUSALS: List[Tuple[int, str, int, str, Optional[str]]] = [
     (404, "model \"nope\" not found, try pulling it first", 404, "model \"nope\"", "model_not_found"),
     (404, "404 page not found", 502, "Ollama failed: 404 page not found", None),
     (405, "405 method not allowed", 502, "Ollama failed: 405 method not allowed", None),
+    (400, "registry.ollama.ai/library/plain:latest does not support tools", 400, "registry.",
+     "tools_not_supported"),
     *((400, text, 400, text, None) for text in (
-        "registry.ollama.ai/library/plain:latest does not support tools",
         "registry.ollama.ai/library/plain:latest does not support insert",
         "json: cannot unmarshal string into Go struct field ChatRequest.messages.tool_calls.function"
         ".arguments of type api.ToolCallFunctionArguments",
@@ -4967,7 +5450,9 @@ REFUSALS: List[Tuple[int, str, int, str, Optional[str]]] = [
     (500, CRASH + "error: task id = 0, error: request (4206 tokens) exceeds the available context size "
      "(4096 tokens), try increasing it", 502, "Ollama failed: an error", None),
     (500, "llama-server returned invalid tool call arguments for \"get_weather\": unexpected end of "
-     "JSON input", 502, "Ollama failed: llama-server returned", None),
+     "JSON input", 502, "Ollama failed: llama-server returned", "tool_call_lost"),
+    (500, "error parsing tool call: raw='{\"a\": ', err=unexpected end of JSON input", 502,
+     "Ollama failed: error parsing", "tool_call_lost"),
     (500, "request (4206 tokens) exceeds the available context size (4096 tokens)", 502, "Ollama fai", None),
     (400, CRASH + "unexpected EOF", 502, "Ollama failed: an error", None),
     (500, "model runner has unexpectedly stopped: tensor blk.0 not found", 502, "Ollama fa", None),
@@ -5723,6 +6208,163 @@ class EventsOfAnAnswer(ServerCase):
         self.assertEqual(found, [Text("c", (tokens_[2],)), Finish("stop", 7, 3)])
         self.assertEqual(list(ollama_api.parts_of({"logprobs": [5, {"token": "a"}]})),
                          [Text("", ({"token": "a"},))])
+
+
+# ---- Calls in text -------------------------------------------------------------------------------
+
+def cut(text: str, chance: random.Random) -> List[Event]:
+    """Return an answer that arrives in pieces."""
+    pieces: List[Event] = []
+    while text:
+        n = chance.choice((1, 1, 2, 3, 5, 8, 20, 1000))
+        pieces.append(Text(text[:n]))
+        text = text[n:]
+    return pieces
+
+
+class CallsInText(unittest.TestCase):
+    NAMES = ["f", "get weather", "h\u00e4"]
+    LETTERS = 'ab \n\t"\\/{}[]<>`:,0\u00e9\u2028\u4e2d\U0001f600\x00\x1f\x7fu'
+
+    def read(self, events: List[Event], reason: str = "stop") -> List[Event]:
+        return list(ollama_api.rescued(iter([*events, Finish(reason, 7, 6)]), self.NAMES, 200))
+
+    def check_text(self, text: str, events: List[Event]) -> None:
+        found = self.read(events)
+        self.assertTrue(all(isinstance(event, Text) for event in found[:-1]), (text, found))
+        self.assertEqual("".join(event.text for event in found[:-1]), text)  # type: ignore[union-attr]
+        self.assertEqual(found[-1], Finish("stop", 7, 6))
+
+    def test_ten_thousand_answers_come_out_as_they_were_meant(self) -> None:
+        chance = random.Random(19)
+        question = ollama_api.Question({"model": "plain", "messages": []}, speaks=True)
+        for _ in range(10000):
+            letters = "".join(chance.choices(self.LETTERS, k=chance.randrange(40)))
+            inside = "".join(self.spelled(letter, chance) for letter in letters)
+            blanks = ["".join(chance.choices(" \t\r\n", k=chance.choice((0, 0, 1, 3)))) for _ in range(6)]
+            tokens_ = ["", "{", '"answer"', ":", f'"{inside}"', "}"]
+            text = "".join(itertools.chain(*zip(tokens_, blanks)))
+            events = iter([*cut(text, chance), Finish("stop", 7, 6)])
+            found: List[Any] = list(ollama_api.decoded(events, question, mock.Mock(), 200))
+            self.assertEqual("".join(event.text for event in found[:-1]), letters, text)
+            self.assertEqual(found[-1], Finish("stop", 7, 6))
+
+    def spelled(self, letter: str, chance: random.Random) -> str:
+        """Return one of the ways in which a JSON string may spell a letter."""
+        units = letter.encode("utf-16-be")
+        escape = "".join(f"\\u{units[n]:02x}{units[n + 1]:02x}" for n in range(0, len(units), 2))
+        ways = [json.dumps(letter)[1:-1], escape, escape[:2] + escape[2:].upper().replace("U", "u")]
+        if letter >= " " and letter not in '"\\':
+            ways += [letter] * 4
+        return chance.choice(ways + ["\\/"] * (letter == "/"))
+
+    def test_half_of_a_pair_is_replaced_and_what_is_no_json_is_an_error(self) -> None:
+        question = ollama_api.Question({"model": "plain", "messages": []}, speaks=True)
+        rows: Tuple[Tuple[str, Optional[str]], ...] = (
+            (r"a\ud83dx", "a\ufffdx"), (r"\ud83d\n", "\ufffd\n"), (r"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+            (r"\ude00\ud83d", "\ufffd\ufffd"), (r"\ud83d\u0041", "\ufffdA"), (r"\uD83D\uDE00", "\U0001f600"),
+            (r"\x", None), (r"\u12", None), (r"\u12g4", None), (r"\ud83d\u12", None), ("\\", None))
+        for inside, wanted in rows:
+            for size in (1, 2, 5, 100):
+                text = '{"answer": "' + inside + '"}'
+                events: List[Event] = [Text(text[n:n + size]) for n in range(0, len(text), size)]
+                events.append(Finish("stop", 7, 6))
+                read = ollama_api.decoded(iter(events), question, mock.Mock(), 200)
+                try:
+                    found = "".join(event.text for event in read if isinstance(event, Text))
+                except ollama_api.APIError as error:
+                    self.assertEqual((error.status, wanted), (502, None))
+                else:
+                    self.assertEqual(found, wanted)
+
+    def test_calls_in_all_their_forms(self) -> None:
+        one = '{"name": "f", "arguments": {"a": "}\\"<tool_call>```", "b": [1, {}]}}'
+        arguments = {"a": "}\"<tool_call>```", "b": [1, {}]}
+        first = ToolCall("f", arguments)
+        rows: Tuple[Tuple[str, List[Event]], ...] = (
+            (one, [first]), (f" \n{one}\n ", [first]), (f"[{one}, {one}]", [first] * 2), (f"[ {one}]", [first]),
+            (f"```json\n{one}\n```", [first]), (f"```\n{one}\n```\n", [first]), (f"```json\n[{one}]```", [first]),
+            (f"<tool_call>\n{one}\n</tool_call>", [first]), (f"<tool_call>{one}", [first]), (f"```\n{one}", [first]),
+            (f"<tool_call>{one}</tool_call>\n<tool_call>[{one}]</tool_call>", [first] * 2),
+            (f"Let me <see> it. <tool_call>{one}</tool_call>", [Text("Let me <see> it. "), first]),
+            (f"```python\nx\n```\n<tool_call>{one}</tool_call>", [Text("```python\nx\n```\n"), first]),
+            (f"{{}}<tool_call>{one}</tool_call>", [Text("{}"), first]),
+            ('{"parameters": {}, "name": "get weather"}', [ToolCall("get weather", {})]),
+            ('{"type": "function", "id": "x", "name": "h\u00e4", "parameters": "{\\"a\\": 1}"}', [ToolCall("h\u00e4", {"a": 1})]),
+            ('{"id": "5", "name": "f", "arguments": {"no such": null}}', [ToolCall("f", {"no such": None})]))
+        chance = random.Random(7)
+        for text, wanted in rows:
+            for _ in range(50):
+                found = self.read(cut(text, chance))
+                texts = "".join(event.text for event in found if isinstance(event, Text))
+                merged = ([Text(texts)] if texts else []) + [event for event in found if not isinstance(event, Text)]
+                self.assertEqual(merged, [*wanted, Finish("tool_calls", 7, 6)], text)
+            self.assertEqual(self.read([Thinking("Hm."), Text(text)])[0], Thinking("Hm."))
+
+    def test_what_only_looks_like_a_call_stays_as_it_is(self) -> None:
+        one = '{"name": "f", "arguments": {}}'
+        chance = random.Random(3)
+        for text in (
+                '{"name": "g", "arguments": {}}', '{"name": "f"}', '{"name": "f", "arguments": 5}',
+                '{"name": "f", "arguments": "no"}', '{"name": "f", "arguments": "[]"}', '{"name": "f", "arguments": null}',
+                '{"name": "f", "arguments": {}, "parameters": {}}', '{"name": "f", "arguments": {}, "x": 1}',
+                '{"name": "f", "description": "d", "parameters": {}}', '{"name": ["f"], "arguments": {}}',
+                '{"type": "object", "name": "f", "arguments": {}}', '{"arguments": {}}',
+                f"{one} so.", f"So: {one}", f"{one}\n{one}", f"{one},", f"[{one}, 5]", "[]", "{}", "[[]]", f"[[{one}]]",
+                f"So:\n```json\n{one}\n```", f"```json\n{one}\n```\nSo.", f"```python\n{one}\n```", f"```json\n{one}\n``",
+                f"<tool_call>{one}</tool_call> so", f"<tool_call>{one}</tool_call>{one}", f"<tool_call>\n{one}\n</tool_ca",
+                f"<tool_call>{one}</tool_call><tool_call>5</tool_call>", "<tool_call>", "<tool_ca", "<", "`", "```", " ", "",
+                '{"name": "f", "arguments": {"a": NaN}}', '{"name": "f", "arguments": {"a": "\\ud800"}}',
+                '{"name": "f", "arguments": {"a": "\n"}}', '{"name": "f", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}",
+                '{"name": "f", "arguments": {"a": "', "{'name': 'f', 'arguments': {}}", "<tool_call><tool_call>" + one,
+                f"{one[:-1]} <tool_call>{one}</tool_call> so"):
+            for _ in range(30):
+                self.check_text(text, cut(text, chance))
+        self.assertEqual(self.read([Text(one)], "length"), [Text(one), Finish("length", 7, 6)])
+        for other in (Thinking("Hm."), ToolCall("f", {})):
+            self.assertEqual(self.read([Text(one), other])[:2], [Text(one), other])
+
+    def test_ten_thousand_texts_that_are_no_calls_stay_as_they_are(self) -> None:
+        chance = random.Random(20)
+        for _ in range(10000):
+            value: Any = self.any_json(chance, 3)
+            text = chance.choice((json.dumps, ollama_api.plain_json, repr))(value)
+            before, after = chance.choice((("", ""), ("```json\n", "\n```"), ("<tool_call>", "</tool_call>"),
+                                           ("```", ""), ("See:\n", ""), (" ", "\nSo."), ("<", ">")))
+            self.check_text(before + text + after, cut(before + text + after, chance))
+
+    def any_json(self, chance: random.Random, depth: int) -> Any:
+        """Return a value that has all that a call has, but for its name, or for its arguments."""
+        def text() -> str:
+            return "".join(chance.choices(self.LETTERS, k=chance.randrange(6)))
+        kind = chance.randrange(7 if depth else 3)
+        if kind < 3:
+            return (text(), chance.choice((0, -1.5, True, None)), "f")[kind]
+        if kind == 3:
+            return [self.any_json(chance, depth - 1) for _ in range(chance.randrange(3))]
+        if kind == 4:
+            return {"name": chance.choice(("g", "F", " f", 5)), "arguments": {}}
+        if kind == 5:
+            return {"name": "f", chance.choice(("arguments", "parameters")): chance.choice(([], 5, "x", None, "[1]"))}
+        return {text(): self.any_json(chance, depth - 1) for _ in range(chance.randrange(3))}
+
+    def test_a_long_call_and_many_tags_take_linear_time(self) -> None:
+        inside = json.dumps("def f():\n    return {'a': [\"}\"]}\n" * 9000)
+        call = '{"name": "f", "arguments": {"a": ' + inside + "}}"
+        nested = '<tool_call>{"name": "f", "arguments": ' * 9000 + "}" * 9000 + "x"
+        for text, calls_ in ((call, 1), (nested, 0), ("<tool_call>" * 30000, 0), ("<" * 300000, 0), ("{ " * 150000, 0)):
+            events: List[Event] = [Text(text[n:n + 4]) for n in range(0, len(text), 4)]
+            started = time.process_time()
+            found = self.read(events)
+            self.assertEqual(sum(isinstance(event, ToolCall) for event in found), calls_)
+            self.assertLess(time.process_time() - started, 3)
+
+    def test_log_probabilities_stay_with_the_text(self) -> None:
+        question = ollama_api.Question({"model": "plain", "messages": []}, speaks=True)
+        events: List[Event] = [Text(text, ({"token": text},)) for text in ('{"answer": "', "a", "\\", "n", '"}')]
+        found = list(ollama_api.decoded(iter([*events, Finish("stop", 7, 6)]), question, mock.Mock(), 200))
+        self.assertEqual(found, [Text("a", ({"token": '{"answer": "'}, {"token": "a"})),
+                                 Text("\n", ({"token": "\\"}, {"token": "n"})), Finish("stop", 7, 6)])
 
 
 # ---- Waiting for Ollama --------------------------------------------------------------------------
@@ -6705,7 +7347,7 @@ class Demo(ProcessCase):
     def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
         _, banner, port = self.start("--demo")
         self.assertRegex(banner[0], r"^ollama_api.py \S+ listens on http://localhost:\d+$")
-        self.assertRegex(banner[1], r"^Ollama demo at http://127.0.0.1:\d+, models: demo:latest$")
+        self.assertRegex(banner[1], r"^Ollama demo at http://127.0.0.1:\d+, models: demo:latest, demo-plain:latest$")
         found = re.match(r"Try: curl (\S+) -d ['\"](.*)['\"]$", banner[2])
         assert found, banner[2]
         data = found[2].replace('\\"', '"').encode()
@@ -7024,21 +7666,20 @@ def needs_program(found: Any, what: str) -> Callable[[Any], Any]:
 
 class ProgramCase(SDKCase):
     """Ask an Ollama that calls a tool for [TOOL], obeys `format`, and otherwise answers."""
+    way = "native"  # one of WAYS
 
     def setUp(self) -> None:
         super().setUp()
         self.ollama.forever = self.answer
 
     def answer(self, body: Any) -> Script:
-        last = body["messages"][-1]
-        if "format" in body:
-            return Script([content(json.dumps(example(body["format"], body["format"]))), done()])
-        if last["role"] == "tool":
-            return Script([content(f"It is {last['content']}."), done()])
-        if "tools" in body and "[TOOL]" in last["content"]:
-            name = body["tools"][0]["function"]["name"]
-            return Script([done("stop", 7, 6, calls((name, {"city": "Paris"})))])
-        return Script()
+        form = body.get("format", {})
+        if form and "'answer'" not in str(form):
+            return Script([content(json.dumps(example(form, form))), done()])
+        if result_in(body):
+            return said_by(self.way, body, f"It is {result_in(body)}.")
+        wanted = (form or "tools" in body) and "[TOOL]" in body["messages"][-1]["content"]
+        return said_by(self.way, body, ("get_weather", {"city": "Paris"}) if wanted else "The sky is blue.")
 
 
 @needs_program(installed("langchain_openai"), "langchain-openai")
@@ -7061,6 +7702,16 @@ class LangChain(ProgramCase):
         for method in ("json_schema", "function_calling"):
             model = self.model().with_structured_output({"title": "Weather", **WEATHER}, method=method)
             self.assertEqual(model.invoke("Why?"), {"city": "text"})
+
+    def test_an_agent_calls_a_tool_on_every_model(self) -> None:
+        from langchain.agents import create_agent
+
+        def get_weather(city: str) -> str:
+            """Return the weather."""
+            return f"sunny in {city}"
+        for self.way in WAYS:
+            found = create_agent(self.model(), [get_weather]).invoke({"messages": [("user", "[TOOL]")]})
+            self.assertEqual(found["messages"][-1].content, "It is sunny in Paris.", self.way)
 
     def test_embeddings_with_the_setting_that_our_error_advises(self) -> None:
         from langchain_openai import OpenAIEmbeddings
@@ -7095,7 +7746,8 @@ class PydanticAI(ProgramCase):
             name: str
         agent = self.agent()
         agent.tool_plain(name="get_weather")(lambda city: f"sunny in {city}")
-        self.assertEqual(agent.run_sync("[TOOL]").output, "It is sunny in Paris.")
+        for self.way in WAYS:
+            self.assertEqual(agent.run_sync("[TOOL]").output, "It is sunny in Paris.", self.way)
         self.assertEqual(self.agent(output_type=City).run_sync("Why?").output, City(name="text"))
 
 
@@ -7143,12 +7795,17 @@ console.log(JSON.stringify(found));
 class VercelAISDK(ProgramCase):
 
     def test_text_stream_tools_and_structured_output(self) -> None:
+        for self.way in WAYS:
+            with self.subTest(way=self.way):
+                self.run_script()
+
+    def run_script(self) -> None:
         script = Path(os.environ["AI_SDK"], "ollama_api_test.mjs")
         script.write_text(AI_SDK, encoding="utf-8")
-        self.addCleanup(script.unlink)
         process = subprocess.run(
             ["node", str(script)], capture_output=True, text=True, timeout=60,
             env={"PATH": os.environ["PATH"], "URL": self.url + "/v1", "SCHEMA": json.dumps(WEATHER)})
+        script.unlink()
         self.assertEqual(process.returncode, 0, process.stderr)
         self.assertEqual(json.loads(process.stdout), {
             "text": "The sky is blue.", "streamed": "The sky is blue.", "tool": "It is sunny in Paris.",

@@ -28,29 +28,35 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ollama_api
-from test_ollama_api import (CHAT, COMMAND, MESSAGES, PATIENCE, command_with, content, done,
-                             processor_seconds, refuses)
+from test_ollama_api import (CHAT, COMMAND, MESSAGES, PATIENCE, USER, command_with, content, done,
+                             offer, processor_seconds, refuses)
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
 LINE = json.dumps(content(" word")).encode() + b"\n"
+REFUSAL = b'{"error": "plain does not support tools"}'
+REFUSED = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % len(REFUSAL) + REFUSAL
 
 
 @functools.lru_cache(maxsize=None)
-def lean_answer(count: int) -> List[bytes]:
+def lean_answer(count: int, bound: bool) -> List[bytes]:
     """Return the head, and a chunk for each line, as the wire has them."""
     lines = [LINE] * count + [json.dumps(done(answer=count)).encode() + b"\n"]
+    if bound:
+        lines[:1] = [json.dumps(content('{"answer": "')).encode() + b"\n"]
+        lines[-2] = json.dumps(content('"}')).encode() + b"\n"
     return [HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
             *[b"%x\r\n%s\r\n" % (len(each), each) for each in lines], b"0\r\n\r\n"]
 
 
 class LeanOllama:
     """Answer a question to the model `bench-TOKENS-MILLISECONDS` with so many tokens at that pace,
-    one send each; at 0, as fast as they are taken. One thread with a timetable does it."""
+    one send each; at 0, as fast as they are taken. One thread with a timetable does it. The model
+    `plain-bench-...` knows no tools."""
 
     def __init__(self) -> None:
         self.timetable: List[Tuple[float, int, float, bytes, Iterator[bytes], socket.socket]] = []
@@ -95,13 +101,17 @@ class LeanOllama:
         head = request.find(b"\r\n\r\n") + 4
         length = re.search(rb"(?i)content-length: (\d+)", request[:head])
         if head > 3 and len(request) - head == int(length[1] if length else 0):
-            self.answer(sock, re.search(rb'bench-(\d+)-(\d+)"', request[head:]))
+            self.answer(sock, bytes(request[head:]))
             request.clear()
 
-    def answer(self, sock: socket.socket, wanted: Optional[re.Match[bytes]]) -> None:
-        count, pace = (int(wanted[1]), int(wanted[2])) if wanted else (0, 0)
-        parts = iter(lean_answer(count) if wanted else
-                     (HEAD + b"Content-Length: 14\r\n\r\n{\"models\": []}",))
+    def answer(self, sock: socket.socket, body: bytes) -> None:
+        wanted = re.search(rb'"(plain-)?bench-(\d+)-(\d+)"', body)
+        count, pace = (int(wanted[2]), int(wanted[3])) if wanted else (0, 0)
+        parts: Iterator[bytes] = iter((HEAD + b"Content-Length: 14\r\n\r\n{\"models\": []}",))
+        if wanted and wanted[1] and b'"tools"' in body:
+            parts = iter((REFUSED,))
+        elif wanted:
+            parts = iter(lean_answer(count, b'"format"' in body))
         self.enter(time.monotonic(), pace / 1000, next(parts), parts, sock)
 
     def enter(self, due: float, pace: float, part: bytes, parts: Iterator[bytes],
@@ -131,8 +141,14 @@ class Target:
     pid: int = 0  # 0: Ollama itself, which costs nothing here
 
     def request(self, tokens: int, pace: int = 0, stream: bool = True, size: int = 5) -> bytes:
-        body = json.dumps({"model": f"bench-{tokens}-{pace}", "stream": stream, "max_tokens": 99,
-                           "messages": [{"role": "user", "content": "x" * size}]}).encode()
+        return self.post({"model": f"bench-{tokens}-{pace}", "stream": stream, "max_tokens": 99,
+                          "messages": [{"role": "user", "content": "x" * size}]})
+
+    def with_tools(self, model: str) -> bytes:
+        return self.post(offer(self.path, {"messages": USER}, model=model, stream=True))
+
+    def post(self, value: Any) -> bytes:
+        body = json.dumps(value).encode()
         return (f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
                 f"\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
 
@@ -173,10 +189,10 @@ class Load:
     memory: float = 0.0  # megabytes more than before, half-way
 
 
-def load(target: Target, clients: int, tokens: int, pace: int = 0) -> Load:
+def load(target: Target, clients: int, tokens: int, pace: int = 0, request: bytes = b"") -> Load:
     """Let `clients` connect at once, ask and read."""
     result, cpu, memory = Load(), target.cpu(), target.memory()
-    request, began = target.request(tokens, pace), time.monotonic()
+    request, began = request or target.request(tokens, pace), time.monotonic()
     sample_at, give_up = began + tokens * pace / 2000, began + tokens * pace / 1000 + PATIENCE
     with selectors.DefaultSelector() as selector:
         for _ in range(clients):
@@ -240,6 +256,8 @@ class Bench:
                 self.latency(target)
                 for clients in (8, 64):
                     self.saturated(target, clients)
+                if target.pid:
+                    self.with_tools(target)
         for _ in range(2):
             for target in self.targets:
                 self.paced(target, 200, 20)
@@ -270,6 +288,14 @@ class Bench:
         result = load(target, clients, tokens)
         self.note(f"{clients} streams without delay, CPU us/token", target,
                   1e6 * result.cpu / (tokens * clients))
+
+    def with_tools(self, target: Target, clients: int = 8) -> None:
+        tokens = int(20_000 * self.seconds) // clients
+        for row, model in (("native tools", "bench"), ("a model without tools", "plain-bench")):
+            request = target.with_tools(f"{model}-{tokens}-0")
+            result = load(target, clients, tokens, request=request)
+            self.note(f"{clients} streams, {row}, CPU us/token", target,
+                      1e6 * result.cpu / (tokens * clients))
 
     def paced(self, target: Target, clients: int, pace: int) -> None:
         tokens = int(2000 * self.seconds) // pace
