@@ -2333,12 +2333,12 @@ def wording_for(request: Request) -> Wording:
 CALL_ONE = "Call the tool {}: answer with the JSON object of its arguments, and nothing else: {}"
 CALL_ANY = ('Call one of these tools: answer with a JSON object of its "name" and "parameters", '
             'and nothing else: {}')
-CALL_OR_TEXT = ('Answer with a JSON object like {{"answer": "your text"}}, and nothing else. Only '
-                'for what one of these tools is made for, call it instead: give a JSON object of '
-                'its "name" and "parameters". The tools: {}')
-CALL_OR_SCHEMA = ('Answer with a JSON object of an "answer" with the schema {}, and nothing else. '
-                  'Only for what one of these tools is made for, call it instead: give a JSON '
-                  'object of its "name" and "parameters". The tools: {}')
+OR_CALL = (' Only for what one of these tools is made for, call it instead: give a JSON object of '
+           'its "name" and "parameters". The tools: {}')
+CALL_OR_TEXT = ('Answer with a JSON object like {{"answer": "your text"}}, and nothing else.'
+                + OR_CALL)
+CALL_OR_SCHEMA = ('Answer with a JSON object of an "answer" with the schema {}, and nothing else.'
+                  + OR_CALL)
 ANSWER = "Answer with JSON of this schema, and nothing else: {}"
 RESULT = "The tool {} answered:\n{}"
 
@@ -2441,7 +2441,9 @@ def bind(question: Question, form: JSON, words: str) -> None:
     does not show the model its `format`."""
     question.body["format"] = form
     messages = question.body["messages"]
-    if not re.fullmatch(r"\{\s*", prefill_of(question.body) or "{"):
+    last = messages[-1]
+    if last["role"] == "assistant" and (
+            "tool_calls" in last or not re.fullmatch(r"(\{\s*)?", last["content"])):
         # llama-server takes a prefill for the beginning of what it binds (Ollama 0.33).
         messages = [*messages, {"role": "user", "content": GO_ON}]
     start = 1 if messages[0]["role"] == "system" else 0
@@ -2472,7 +2474,7 @@ def read_choice(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
     """Return the tool call, or the text, that an answer to CALL_ANY or CALL_OR_SCHEMA holds."""
     if may_answer and "answer" in value and "name" not in value:
         return Text(plain_json(value["answer"]))
-    call = tool_call(value, "parameters")
+    call = tool_call({"parameters": value.get("arguments"), **value}, "parameters")
     if call.name not in names:
         raise broken_answer(f"a call of {dumps(call.name)[:80]}, which was not offered")
     return call
@@ -2488,17 +2490,15 @@ def in_words(messages: Iterable[OllamaMessage]) -> List[OllamaMessage]:
 
 def message_in_words(message: OllamaMessage) -> OllamaMessage:
     """Return a call as the JSON that the model would have written, and a result as user text."""
-    role, texts = message["role"], [message["content"]]
+    role, text = message["role"], message["content"]
     if role == "tool":
-        role, texts = "user", [RESULT.format(message["tool_name"], message["content"])]
+        role, text = "user", RESULT.format(message["tool_name"], text)
+    told: List[OllamaMessage] = [{**message, "role": role, "content": text, "tool_calls": []}]
     for call in message.get("tool_calls", ()):
         function = call["function"]
         called = {"name": function["name"], "parameters": function["arguments"]}
-        texts.append(plain_json(called))
-    parts: List[Part] = [("content", text) for text in texts if text]
-    parts += [("thinking", message["thinking"])] if "thinking" in message else []
-    parts += [("images", image) for image in message.get("images", ())]
-    return message_of(role, parts)
+        told.append({"role": role, "content": plain_json(called)})
+    return joined(*told)
 
 
 def calls_in(body: Prompt) -> bool:
@@ -2973,8 +2973,13 @@ class Ollama(contextlib.ExitStack):
         except APIError as error:
             if self.config.tools == "native" or said or error.code not in (NO_TOOLS, CALL_LOST):
                 raise
-            self.knows_tools = error.code == CALL_LOST
-        yield from self.answer(bound_instead(asked))
+            lost = error if error.code == CALL_LOST else None
+        self.knows_tools, self.tools = lost is not None, "bound"
+        try:
+            asked = bound_instead(asked)
+        except APIError as unfit:  # a schema that no grammar can express, but Ollama took it
+            raise lost or unfit from unfit
+        yield from self.answer(asked)
 
     def answer(self, asked: Question) -> Events:
         body: JSON = {**asked.body, "stream": True}
@@ -3072,10 +3077,11 @@ class Ollama(contextlib.ExitStack):
         name = body["model"]
         if images_in(body) and "vision" not in self.abilities_of(name):
             raise APIError(400, f"model: {dumps(name)} cannot see images.", param="model")
-        if self.config.tools == "any" and "format" in body and calls_in(body):
-            if self.knows_tools is None:
-                self.knows_tools = "tools" in self.abilities_of(name)
-            if not self.knows_tools:
+        if self.config.tools == "any" and "format" in body:
+            if self.knows_tools is None and calls_in(body):
+                with contextlib.suppress(APIError):  # if nobody can say, its template may know
+                    self.knows_tools = "tools" in self.abilities_of(name)
+            if self.knows_tools is False:
                 body["messages"] = in_words(body["messages"])
         return body
 
@@ -3559,7 +3565,7 @@ def read_as(question: Question, events: Events, config: Config) -> Events:
         events = decoded(events, question, question.decode, config.json_depth)
     elif prefill_of(question.body):
         events = unrepeated(events, prefill_of(question.body))
-    elif question.tools and config.tools == "any":
+    if question.tools and config.tools == "any":
         events = rescued(events, [tool.name for tool in question.tools], config.json_depth)
     if question.one_call:
         events = first_call(events)
@@ -3661,24 +3667,35 @@ def unrepeated(events: Events, prefill: str) -> Events:
 
 
 def until_stop(events: Events, stops: Sequence[str], prompt_tokens: int) -> Events:
-    """Cut the text at the first complete stop text, and say which it was: Ollama never says. Text
-    that may start one is held back. The counts are our estimate and the number of events."""
-    held = Text("")
-    for count, event in enumerate(events, 1):
+    """Cut the text at the first complete stop text, and say which it was: Ollama never says. The
+    counts are our estimate and the number of events."""
+    count = itertools.count()
+    found = yield from before((event for event, _ in zip(events, count)), stops)
+    if found:
+        yield Finish("stop_sequence", prompt_tokens, next(count), found[0])
+
+
+def before(events: Events,
+           marks: Sequence[str]) -> Generator[Event, None, Optional[Tuple[str, Text]]]:
+    """Yield what comes before the first complete mark; return it, and the text that begins with
+    it. Text that may be the beginning of one is held back."""
+    held, initials = Text(""), {mark[0] for mark in marks}
+    for event in events:
         if not isinstance(event, Text):
-            if held != Text(""):
-                yield held
+            yield from () if held == Text("") else (held,)
             held = Text("")
             yield event
-            continue
-        held += event
-        start, stop = find_stop(held.text, stops)
-        if start:
-            ready, held = held.split(start)
-            yield ready
-        if stop is not None:
-            yield Finish("stop_sequence", prompt_tokens, count, stop)
-            return
+        elif not held.text and not held.logprobs and initials.isdisjoint(event.text):
+            yield event  # the fast path
+        else:
+            held += event
+            start, mark = find_stop(held.text, marks)
+            if start:
+                ready, held = held.split(start)
+                yield ready
+            if mark is not None:
+                return mark, held
+    return None
 
 
 def find_stop(text: str, stops: Sequence[str]) -> Tuple[int, Optional[str]]:
@@ -3705,13 +3722,17 @@ SPEECH = re.compile(r'\s*(\{\s*)?\{\s*"answer"\s*:\s*"')  # a prefill of { may s
 def decoded(events: Events, question: Question, decode: Decode, depth: int) -> Events:
     """Collect a JSON answer, and yield the event it stands for; only the Finish if it is cut.
     If the question `speaks`, the text of an "answer" goes out as it arrives."""
-    text = ""
+    text, quotes = "", 0
     for event in events:
         if isinstance(event, Text):
             text += event.text
-            speech = SPEECH.match(text) if question.speaks else None
+            new = event.text.count('"')
+            decides = question.speaks and quotes < 3 <= quotes + new  # SPEECH ends with the third
+            quotes += new
+            speech = SPEECH.match(text) if decides else None
             if speech:
-                begun = Text(text[speech.end():], event.logprobs)
+                rest = text[speech.end():]
+                begun = Text(rest, event.logprobs if rest else ())
                 yield from spoken(itertools.chain((begun,), events), depth)
                 return
             continue
@@ -3787,8 +3808,8 @@ def rescued(events: Events, names: Sequence[str], depth: int) -> Events:
     """Yield the calls of `names` that an answer consists of: JSON of an object or a list of them,
     by itself, in a code fence or in TAGs, of which several may follow a text. Yield anything
     else unchanged, as soon as it can no longer be that."""
-    for up_to, openings in ((up_to_text, list(OPENINGS)), (up_to_tag, [TAG])):
-        begun = yield from up_to(events)
+    for look, openings in ((before_text, list(OPENINGS)), (before_tag, [TAG])):
+        begun = yield from look(events)
         if begun is None:
             return
         held: List[Event] = []
@@ -3803,7 +3824,7 @@ def rescued(events: Events, names: Sequence[str], depth: int) -> Events:
     yield from events
 
 
-def up_to_text(events: Events) -> Generator[Event, None, Optional[Text]]:
+def before_text(events: Events) -> Generator[Event, None, Optional[Text]]:
     """Yield what comes before the first text; return that."""
     for event in events:
         if isinstance(event, Text):
@@ -3812,25 +3833,10 @@ def up_to_text(events: Events) -> Generator[Event, None, Optional[Text]]:
     return None
 
 
-def up_to_tag(events: Events) -> Generator[Event, None, Optional[Text]]:
+def before_tag(events: Events) -> Generator[Event, None, Optional[Text]]:
     """Yield what comes before the first TAG; return the text that begins with it."""
-    held = Text("")
-    for event in events:
-        if not isinstance(event, Text):
-            yield from (held,) if held.text else ()
-            held = Text("")
-            yield event
-        elif not held.text and "<" not in event.text:
-            yield event
-        else:
-            held += event
-            start, tag = find_stop(held.text, [TAG])
-            if start:
-                ready, held = held.split(start)
-                yield ready
-            if tag:
-                return held
-    return None
+    found = yield from before(events, [TAG])
+    return found and found[1]
 
 
 def texts_ahead(events: Events, held: List[Event]) -> Iterator[str]:
@@ -3869,13 +3875,16 @@ class WrittenCalls:
             openings = [TAG] if opening == TAG else []
 
     def read_opening(self, openings: List[str], names: Sequence[str]) -> Optional[str]:
-        """Return which one stands before the next value, and whose first key fits a call."""
-        keys = ['"arguments":', '"parameters":', '"type":"function"', '"id":"',
-                *(f'"name":{plain_json(name)}' for name in names)]
-        starts = {"".join(f"{opening}{bracket}{key}".split()): opening for opening in openings
-                  for bracket in ("{", "[{") for key in keys}
+        """Return which one stands before the next value, if that begins as a call does."""
+        bare, read = "", 0
+        starts: Dict[str, str] = {}
         while True:
-            bare = "".join(self.rest.split())
+            bare += "".join(self.rest[read:].split())
+            read = len(self.rest)
+            if bare and bare[0] not in "{[`<":  # most texts
+                return None
+            starts = starts or {start: opening for opening in openings
+                                for start in call_starts(opening, names)}
             for start in starts:
                 if bare.startswith(start):
                     self.rest = self.rest.lstrip(starts[start] + string.whitespace)
@@ -3909,6 +3918,18 @@ class WrittenCalls:
             self.rest = self.rest.lstrip()
         if self.rest.startswith(mark):
             self.rest = self.rest[len(mark):].lstrip()
+
+
+def call_starts(opening: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield how calls of the tools `names` may begin, without blanks: the longer these are, the
+    sooner it shows that a text is none."""
+    named = [f'"name":{plain_json(name)},' for name in names]
+    kind = '"type":"function",'
+    heads = ["", *named, *(kind + name for name in named), *(name + kind for name in named)]
+    keys = [head + arguments for head in heads for arguments in ('"arguments":', '"parameters":')]
+    keys += [name + '"id":' for name in named]
+    for bracket, key in itertools.product(("{", "[{"), keys):
+        yield "".join((opening + bracket + key).split())
 
 
 def written_calls(values: Iterable[str], names: Sequence[str], depth: int) -> List[ToolCall]:
@@ -4838,7 +4859,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 def demo_object(form: JSON, text: str, wanted: bool) -> Any:
     """Return a value of the schema `form`: the text as an "answer", or a call if that is wanted."""
     choices = form.get("anyOf", [form])
-    answers = choices[0].get("properties", {}).keys() == {"answer"}
+    answers = len(choices) > 1 and choices[0].get("properties", {}).keys() == {"answer"}
     if answers and not wanted and choices[0]["properties"]["answer"] == {"type": "string"}:
         return {"answer": text}
     return sample(choices[answers and wanted], form.get("$defs", {}))
