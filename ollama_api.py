@@ -2484,8 +2484,7 @@ def in_words(messages: Iterable[OllamaMessage]) -> List[OllamaMessage]:
     """Return the messages for a model whose template has no place for calls and their results.
     What the user says next to a result is joined to it: some templates want turns to alternate."""
     runs = itertools.groupby(map(message_in_words, messages), operator.itemgetter("role"))
-    return [message for role, run in runs
-            for message in ([joined(*run)] if role == "user" else run)]
+    return [joined(*run) for _, run in runs]
 
 
 def message_in_words(message: OllamaMessage) -> OllamaMessage:
@@ -3747,12 +3746,12 @@ def decoded(events: Events, question: Question, decode: Decode, depth: int) -> E
 def bound_object(text: str, prefill: str, depth: int) -> JSON:
     """Return the object that an answer holds. The answer may begin with the prefill again."""
     candidates = [text]
-    if prefill and text.startswith(prefill):
+    if text.startswith(prefill):
         candidates.append(text[len(prefill):])
     problem = ""
     for candidate in candidates:
         try:
-            value = strict_json(candidate.encode("utf-8", "surrogatepass"), depth)
+            value = strict_json(candidate.encode(), depth)
         except ValueError as error:
             problem = f", {error}"
             continue
@@ -3763,10 +3762,9 @@ def bound_object(text: str, prefill: str, depth: int) -> JSON:
 
 # The inside of a JSON string, as far as each escape is complete: half of a surrogate pair is not,
 # as long as the other half may follow.
-HEX, FIRST_HALF, OTHER_HALF = "[0-9a-fA-F]", "u[dD][89abAB]", "u[dD][c-fC-F]"
+HEX, FIRST_HALF = "[0-9a-fA-F]", "u[dD][89abAB]"
 INSIDE = re.compile(rf"""(?: [^"\\]+ | \\[^u] | \\(?!{FIRST_HALF})u{HEX}{{4}}
-    | \\{FIRST_HALF}{HEX}{{2}} (?: \\{OTHER_HALF}{HEX}{{2}}
-        | (?= [^\\] | \\[^u] | \\(?!{OTHER_HALF})u{HEX}{{4}} )) )*""", re.VERBOSE)
+    | \\{FIRST_HALF}{HEX}{{2}} (?= [^\\] | \\[^u] | \\u{HEX}{{4}} ) )*""", re.VERBOSE)
 
 
 def spoken(events: Events, depth: int) -> Events:
@@ -3800,7 +3798,7 @@ def unescaped(text: str) -> str:
 TAG = "<tool_call>"
 OPENINGS = {TAG: "</tool_call>", "```json": "```", "```": "```", "": ""}  # and what closes them
 CALL_KEYS = {"name", "arguments", "parameters", "type", "id"}
-JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+JSON_MARKS = re.compile(r'\\.|["\[\]{}]')
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -3808,13 +3806,13 @@ def rescued(events: Events, names: Sequence[str], depth: int) -> Events:
     """Yield the calls of `names` that an answer consists of: JSON of an object or a list of them,
     by itself, in a code fence or in TAGs, of which several may follow a text. Yield anything
     else unchanged, as soon as it can no longer be that."""
-    for look, openings in ((before_text, list(OPENINGS)), (before_tag, [TAG])):
+    for look in (before_text, before_tag):
         begun = yield from look(events)
         if begun is None:
             return
         held: List[Event] = []
         pieces = WrittenCalls(texts_ahead(itertools.chain((begun,), events), held))
-        calls = written_calls(pieces.values(openings, names), names, depth)
+        calls = written_calls(pieces.values(names), names, depth)
         end = held[-1]
         if calls and isinstance(end, Finish) and end.reason == "stop":
             yield from calls
@@ -3860,9 +3858,9 @@ class WrittenCalls:
         self.rest += piece or ""
         return piece is not None
 
-    def values(self, openings: List[str], names: Sequence[str]) -> List[str]:
+    def values(self, names: Sequence[str]) -> List[str]:
         """Return the JSON values that all of the text consists of; [] if it does not."""
-        found = []
+        found, openings = [], list(OPENINGS)
         while True:
             opening = self.read_opening(openings, names)
             if opening is None:
@@ -3917,7 +3915,7 @@ class WrittenCalls:
         while mark.startswith(self.rest) and self.more():
             self.rest = self.rest.lstrip()
         if self.rest.startswith(mark):
-            self.rest = self.rest[len(mark):].lstrip()
+            self.rest = self.rest[len(mark):]
 
 
 def call_starts(opening: str, names: Sequence[str]) -> Iterator[str]:
@@ -3936,7 +3934,7 @@ def written_calls(values: Iterable[str], names: Sequence[str], depth: int) -> Li
     """Return the calls that JSON values stand for; none if one of them is none."""
     try:
         return [written_call(value, names, depth) for text in values
-                for value in list_of(strict_json(text.encode("utf-8", "surrogatepass"), depth))]
+                for value in list_of(strict_json(text.encode(), depth))]
     except ValueError:
         return []
 

@@ -1857,20 +1857,24 @@ class MessagesConversations(ServerCase):
                 (r'{\"name\": \"a\", \"parameters\": {}}',
                  r'{"type": "tool_use", "id": "toolu_ID", "name": "a", "input": {}}'),
                 (r'{\"answer\": {\"y\": \"\u00e4\", \"x\": 1}}',
-                 r'{"type": "text", "text": "{\"y\": \"\u00e4\", \"x\": 1}"}')):
+                 r'{"type": "text", "text": "{\"y\": \"\u00e4\", \"x\": 1}"}'),
+                (r'{\"answer\": \"x\"}', r'{"type": "text", "text": "\"x\""}')):
             del self.ollama.asked[:]
             self.conversation(r"""
             client sends POST /v1/messages
-                {"model": "plain", "tools": [{"name": "a"}], "output_format": {"type": "json_schema", "schema": {}},
+                {"model": "plain", "tools": [{"name": "a"}, {"name": "b"}],
+                 "output_format": {"type": "json_schema", "schema": {"$ref": "#/$defs/y", "$defs": {"y": {"title": "Y"}}}},
                  "messages": [{"role": "user", "content": "[TEXT]"}]}
             ollama is asked POST /api/chat
                 {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Answer with a JSON object of an \"answer\" with the schema {}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "system", "content": "Answer with a JSON object of an \"answer\" with the schema {\"$ref\": \"#/$defs/y\", \"$defs\": {\"y\": {\"title\": \"Y\"}}}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}, {\"name\": \"b\", \"description\": \"\", \"parameters\": {}}]"},
                    {"role": "user", "content": "[TEXT]"}],
                  "format": {"anyOf": [
-                    {"type": "object", "properties": {"answer": {}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"answer": {"$ref": "#/$defs/y"}}, "required": ["answer"]},
                     {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
-                     "required": ["name", "parameters"]}]},
+                     "required": ["name", "parameters"]},
+                    {"type": "object", "properties": {"name": {"const": "b"}, "parameters": {"type": "object"}},
+                     "required": ["name", "parameters"]}], "$defs": {"y": {}}},
                  "options": {}, "stream": true, "truncate": false}
             ollama answers 200
                 content "ANSWER"
@@ -2034,21 +2038,25 @@ class MessagesConversations(ServerCase):
             del self.ollama.asked[:]
             self.conversation(r"""
             client sends POST /v1/messages
-                {"model": "plain", "system": "Be kind.", "tools": [{"name": "a"}], "messages": [{"role": "user", "content": "[TEXT]"}]}
+                {"model": "plain", "system": "Be kind.", "tools": [{"name": "a"}, {"name": "b"}], "messages": [{"role": "user", "content": "[TEXT]"}]}
             ollama is asked POST /api/chat
                 {"model": "plain", "think": false, "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "[TEXT]"}],
                  "tools": [{"type": "function", "function": {"name": "a", "description": "",
+                              "parameters": {"type": "object", "properties": {}}}},
+                           {"type": "function", "function": {"name": "b", "description": "",
                               "parameters": {"type": "object", "properties": {}}}}],
                  "options": {}, "stream": true, "truncate": false}
             ollama answers 400
                 {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
             ollama is asked POST /api/chat
                 {"model": "plain", "think": false, "messages": [
-                   {"role": "system", "content": "Be kind.\n\nAnswer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "system", "content": "Be kind.\n\nAnswer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}, {\"name\": \"b\", \"description\": \"\", \"parameters\": {}}]"},
                    {"role": "user", "content": "[TEXT]"}],
                  "format": {"anyOf": [
                     {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
                     {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}},
+                     "required": ["name", "parameters"]},
+                    {"type": "object", "properties": {"name": {"const": "b"}, "parameters": {"type": "object"}},
                      "required": ["name", "parameters"]}]},
                  "options": {}, "stream": true, "truncate": false}
             ollama answers 200
@@ -4509,14 +4517,15 @@ class ModelsAndHealth(ServerCase):
         self.ollama.gets["/api/tags"] = {"models": [*models, *TAGS["models"]]}
         shown = Script([{"capabilities": ["completion", "vision"]}])
         gone = Script([{"error": "model 'b:x' not found"}], 404)
-        self.ollama.queue(shown, gone, Script([{"capabilities": "x"}]), shown)
+        self.ollama.queue(shown, gone, Script([{"capabilities": "x"}]),
+                          Script([{"capabilities": ["completion", "tools"]}]))
         found = self.ask("GET", "/v1/models").json["data"]
         self.assertEqual([model.get("capabilities") for model in found], [
             ["completion", "vision", "tools"], ["completion", "tools"], ["completion", "tools"], None,
             ["completion", "thinking", "tools"]])
         self.assertEqual([body["model"] for _, body in self.ollama.asked], ["a:x", "b:x", "c:x"])
         found = self.ask("GET", "/v1/models/a:x").json
-        self.assertEqual(found["capabilities"], ["completion", "vision", "tools"])
+        self.assertEqual(found["capabilities"], ["completion", "tools"])
 
     def test_a_list_of_models_does_not_wait_for_what_they_can_do(self) -> None:
         self.port = self.serve(show_seconds=0.05).server_address[1]
@@ -4678,7 +4687,9 @@ class ForcedCalls(ServerCase):
             "$defs": {"City": {"type": "object", "required": ["name"], "properties": {
                 "name": {"type": "string"}, "twin": {"$ref": "#/$defs/City"}}}}}},
         {"name": "now", "input_schema": {}},
-        {"name": "pick", "input_schema": prop({"enum": ["x", "y"]}, required=["a"])}]
+        {"name": "pick", "input_schema": prop({"enum": ["x", "y"]}, required=["a"])},
+        {"name": "say", "input_schema": {
+            "properties": {"answer": {"type": "string"}}, "required": ["answer"]}}]
 
     def setUp(self) -> None:
         super().setUp()
@@ -4692,7 +4703,7 @@ class ForcedCalls(ServerCase):
 
     def test_the_tool_that_is_named_is_called(self) -> None:
         arguments = {"get_weather": {"city": {"name": "text"}, "days": 1}, "now": {},
-                     "pick": {"a": "x"}}
+                     "pick": {"a": "x"}, "say": {"answer": "text"}}
         for name, wanted in arguments.items():
             reply = self.ask("POST", MESSAGES, {"messages": USER, "tools": self.TOOLS,
                                                 "tool_choice": {"type": "tool", "name": name}})
@@ -4700,6 +4711,7 @@ class ForcedCalls(ServerCase):
             self.assertEqual((block["type"], block["name"], block["input"]),
                              ("tool_use", name, wanted))
             self.assertEqual(reply.json["stop_reason"], "tool_use")
+            self.assertEqual(self.ollama.asked[-1][1]["format"]["type"], "object")
 
     def test_one_of_the_tools_is_called(self) -> None:
         for stream in (False, True):
@@ -4869,7 +4881,7 @@ class ToolsOnEveryModel(ServerCase):
     NATIVE = [line(calls(BONN)), done()]
     FAILED = Script([{"error": "llama-server returned invalid tool call arguments for \"get_weather\": "
                       "unexpected end of JSON input"}], 500, "application/json")
-    LATE = Script([thinking("Hm."), {"error": "error parsing tool call: raw='{', err=EOF"}])
+    LATE = Script([content("\n"), thinking("Hm."), {"error": "error parsing tool call: raw='{', err=EOF"}])
     LOST = Script([content("\n"), done("stop", 7, 6)])
 
     def each_form(self) -> Iterator[Tuple[str, bool, Any]]:
@@ -4889,8 +4901,10 @@ class ToolsOnEveryModel(ServerCase):
                 ([self.LOST, Script(self.CALLED)], "", [self.BONN], "bound"),
                 ([self.LOST, Script(self.SPOKEN)], "The sky.", [], "bound"),
                 ([self.FAILED, Script(self.CALLED)], "", [self.BONN], "bound"),
-                ([self.LATE, Script(self.CALLED)], "", [self.BONN], "bound"),
-                ([Script(self.WRITTEN)], "", [self.BONN], "rescued")):
+                ([self.LATE, Script(self.CALLED)], "\n", [self.BONN], "bound"),
+                ([Script(self.WRITTEN)], "", [self.BONN], "rescued"),
+                ([Script([content('{"name": "now", "arguments": {"a": [[1]]}}'), done()])], "",
+                 [("now", {"a": [[1]]})], "rescued")):
             for path, stream, body in self.each_form():
                 with self.subTest(path=path, stream=stream, way=way, scripts=str(scripts)[:300]):
                     self.ollama.queue(*scripts)
@@ -4917,7 +4931,7 @@ class ToolsOnEveryModel(ServerCase):
                 ([REFUSED, Script([content('{"name": "zzz", "parameters": {}}'), done()])], "not offered"),
                 ([REFUSED, Script([{"error": "boom"}], 500)], "Ollama failed: boom"),
                 ([REFUSED, REFUSED], "does not support tools"),
-                ([Script([content("The"), *self.FAILED.steps])], "Ollama failed: llama-server")):
+                ([Script([content("The"), content("\n"), *self.FAILED.steps])], "Ollama failed: llama-server")):
             for path, stream, body in self.each_form():
                 with self.subTest(path=path, stream=stream, words=words):
                     self.ollama.queue(*scripts)
@@ -4927,6 +4941,7 @@ class ToolsOnEveryModel(ServerCase):
                     self.assertEqual(reply.status, 200 if stream and '"The' in reply.text else
                                      400 if REFUSED is scripts[-1] else 502)
                     self.assertNotRegex(reply.text, r'DONE|message_stop|completed"|"finish_reason": "')
+                    self.assertEqual("x-tools" in reply.headers, reply.status == 200)
 
     def test_the_way_is_known_before_a_slow_answer(self) -> None:
         self.port = self.serve(ping=0.05).server_address[1]
@@ -4960,11 +4975,14 @@ class ToolsOnEveryModel(ServerCase):
                 reply = self.ask("POST", path, {**body, "stream": False})
                 self.assertEqual((reply.status, len(self.ollama.asked)), (status, 1))
                 self.assertIn(words, reply.text)
-        listed = self.ask("GET", "/v1/models").json["data"]
-        self.assertEqual(listed[1]["capabilities"], ["completion", "thinking"])
+        found = self.ask("GET", "/v1/models")
+        one = self.ask("GET", "/v1/models/" + found.json["data"][1]["id"]).json
+        for model in (found.json["data"][1], one):
+            self.assertEqual(model["capabilities"], ["completion", "thinking"])
+        self.assertNotIn("x-tools", found.headers)
 
     def test_a_bound_answer_keeps_the_meaning_of_all_options(self) -> None:
-        two = '{"name": "now", "parameters": {"a": [{}, "}", 1e2, "\\""], "unknown": null}}'
+        two = '{"name": "now", "parameters": {"answer": "x", "a": [{}, "}", 1e2, "\\""]}}'
         for more, text, reason, left in (
                 ({"max_tokens": 3}, '{"answer": "The sky', "length", ("The sky", [], "max_tokens")),
                 ({"max_tokens": 3}, '{"answer": "The \\u26', "length", ("The ", [], "max_tokens")),
@@ -4973,9 +4991,9 @@ class ToolsOnEveryModel(ServerCase):
                 ({"stop_sequences": ['"}', "sky"]}, '{"answer": "The \\u0073ky is"}', "stop",
                  ("The ", [], "stop_sequence")),
                 ({"stop_sequences": ["now"]}, two, "stop",
-                 ("", [("now", {"a": [{}, "}", 100.0, '"'], "unknown": None})], "tool_use")),
+                 ("", [("now", {"answer": "x", "a": [{}, "}", 100.0, '"']})], "tool_use")),
                 ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, two, "stop",
-                 ("", [("now", {"a": [{}, "}", 100.0, '"'], "unknown": None})], "tool_use")),
+                 ("", [("now", {"answer": "x", "a": [{}, "}", 100.0, '"']})], "tool_use")),
                 ({"thinking": {"type": "adaptive"}}, ' \n{ "answer"\t:\r\n"" \n}\n', "stop", ("", [], "end_turn"))):
             for stream, size in itertools.product((False, True), (1, 5, 100)):
                 pieces = [content(text[n:n + size]) for n in range(0, len(text), size)]
@@ -4988,12 +5006,14 @@ class ToolsOnEveryModel(ServerCase):
 
     def test_a_prefill_is_no_part_of_the_answer(self) -> None:
         for said, answer in (("Sure: ", '{"answer": "x"}'), ("{", '{"answer": "x"}'), ("{", '{{"answer": "x"}'),
+                             ("{", '{"answer": "{x"}'), ("{\n", '{\n{"answer": "x"}'),
                              ("{\n", '{\n{"name": "now", "parameters": {}}')):
             self.ollama.queue(REFUSED, Script([content(answer), done()]))
             turns = [*USER, {"role": "assistant", "content": said}]
             reply = self.ask("POST", MESSAGES, offer(MESSAGES, {"messages": turns}))
             text, called_, _ = outcome(MESSAGES, reply)
-            self.assertEqual((text, called_), ("", [("now", {})]) if "now" in answer else ("x", []))
+            self.assertEqual((text, called_), ("", [("now", {})]) if "now" in answer else
+                             ("{x" if "{x" in answer else "x", []))
             asked = self.ollama.asked[-1][1]["messages"]
             self.assertEqual(asked[1:], turns if said[0] == "{" else [*turns, GO_ON])
         self.ollama.queue(Script([content("<tool_call>" + '{"name": "now", "parameters": {}}'), done()]))
@@ -5021,13 +5041,14 @@ class ToolsOnEveryModel(ServerCase):
             self.assertIn("IncompleteRead", reply.text)
 
     def test_text_that_cannot_be_a_call_any_more_is_out_at_once(self) -> None:
-        for text in ("{\"title", "[{\"id\": \"1\", \"ti", "{\"name\": \"now\", \"desc", "{\"type\": \"function\", \"func", "[1", "[link", "```python", "```json\n[\"", "<tool_call>x", "<tools>", "``x",
+        for text in ("{\"arguments\":", "{\"title", "[{\"id\": \"1\", \"ti", "{\"name\": \"now\", \"desc", "{\"type\": \"function\", \"func", "[1", "[link", "```python", "```json\n[\"", "<tool_call>x", "<tools>", "``x",
                      "{\"name\": \"nobody\"", "{\"name\": \"now\", \"parameters\": {}}\n\nThis",
                      "```\n{\"name\": \"now\", \"arguments\": {}}\n```\nSo", "{\"type\": \"object\"", "{}",
                      "<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call> or"):
             gate = threading.Event()
             self.ollama.queue(Script([content(text[:-1]), content(text[-1]), gate, content(" END"), done()]))
-            with self.open("POST", CHAT, offer(CHAT, {"messages": USER}, stream=True)) as stream:
+            more = {"tool_choice": "none"} if "arguments\":" == text[2:] else {}
+            with self.open("POST", CHAT, offer(CHAT, {"messages": USER}, stream=True, **more)) as stream:
                 self.assertNotIn(b" END", stream.until(json.dumps(text[-1]).encode()))
                 gate.set()
                 self.assertEqual(outcome(CHAT, stream.reply()), (text + " END", [], "stop"))
@@ -5062,18 +5083,43 @@ class ToolsOnEveryModel(ServerCase):
             self.ollama.asked.clear()
             self.ollama.queue(Script([{"capabilities": shown_}]),
                               Script([content('{"name": "now", "parameters": {}, "answer": 1, "city": "x"}'), done()]))
-            reply = self.ask("POST", CHAT, offer(CHAT, {"messages": turns}, stream=False, **more))
+            reply = self.ask("POST", CHAT, offer(CHAT, {"messages": turns}, model="plain", stream=False, **more))
             self.assertEqual(reply.status, 200)
-            self.assertEqual([path for path, _ in self.ollama.asked], ["/api/show", "/api/chat"])
+            self.assertEqual([(path, asked["model"]) for path, asked in self.ollama.asked],
+                             [("/api/show", "plain"), ("/api/chat", "plain")])
             self.assertEqual(self.ollama.asked[1][1]["messages"][1:], wanted)
         self.ollama.asked.clear()
         self.ollama.queue(Script([b"404 page not found"], 404), Script([content("{}"), done()]))
         self.assertEqual(self.ask("POST", CHAT, {"messages": turns, **schema}).status, 200)
         self.assertEqual(self.ollama.asked[1][1]["messages"][1:], own)  # where nobody can say
-        self.ollama.asked.clear()
-        self.ollama.queue(Script([content("{}"), done()]))
-        self.ask("POST", CHAT, {"messages": USER, **schema})
-        self.assertEqual(len(self.ollama.asked), 1)  # without calls, nobody asks what a model can do
+        for tools, messages, wanted in (("any", USER, USER), ("native", turns, own)):
+            self.port = self.serve(tools=tools).server_address[1]
+            self.ollama.asked.clear()
+            self.ollama.queue(Script([content("{}"), done()]))
+            self.ask("POST", CHAT, {"messages": messages, **schema})
+            (_, asked), = self.ollama.asked  # nobody asks what the model can do
+            self.assertEqual(asked["messages"][1:], wanted)
+
+    def test_what_a_refusal_tells_of_a_model_needs_no_question(self) -> None:
+        turns = [*USER, {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "x", "function": {"name": "now", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "x", "content": "9"}]
+        words = [*USER, {"role": "assistant", "content": '{"name": "now", "parameters": {}}'},
+                 {"role": "user", "content": "The tool now answered:\n9"}]
+        own = [*USER, called(("call00001", "now", {})), answered("call00001", "now", "9")]
+        for first, wanted in ((REFUSED, words), (self.LOST, own), (self.FAILED, own)):
+            self.ollama.asked.clear()
+            self.ollama.queue(first, Script(self.CALLED))
+            self.ask("POST", CHAT, offer(CHAT, {"messages": turns}))
+            self.assertEqual([path for path, _ in self.ollama.asked], ["/api/chat"] * 2)
+            self.assertEqual(self.ollama.asked[-1][1]["messages"][1:], wanted)
+        for lone in (turns[:2] + USER, [*USER, {"role": "tool", "name": "now", "content": "9"}]):
+            self.ollama.asked.clear()
+            self.ollama.queue(REFUSED, Script(self.SPOKEN))
+            self.ask("POST", CHAT, offer(CHAT, {"messages": lone}))
+            told = str(self.ollama.asked[-1][1]["messages"])
+            self.assertRegex(told, r'{"name": "now"|The tool now')
+            self.assertNotRegex(told, "tool_calls|tool_name")
 
     def test_what_the_grammar_leaves_out_of_a_tool_is_reported(self) -> None:
         tools = [{"name": "f", "input_schema": prop({"type": "string", "pattern": "x", "maxLength": 5})}]
@@ -6258,7 +6304,7 @@ def cut(text: str, chance: random.Random) -> List[Event]:
     """Return an answer that arrives in pieces."""
     pieces: List[Event] = []
     while text:
-        n = chance.choice((1, 1, 2, 3, 5, 8, 20, 1000))
+        n = chance.choice((0, 1, 1, 2, 3, 5, 8, 20, 1000))
         pieces.append(Text(text[:n]))
         text = text[n:]
     return pieces
@@ -6266,7 +6312,7 @@ def cut(text: str, chance: random.Random) -> List[Event]:
 
 class CallsInText(unittest.TestCase):
     NAMES = ["f", "get weather", "h\u00e4"]
-    LETTERS = 'ab \n\t"\\/{}[]<>`:,0\u00e9\u2028\u4e2d\U0001f600\x00\x1f\x7fu'
+    LETTERS = 'ab \n\t"\\/{}[]<>`:,0\u00e9\u2028\u4e2d\U0001f600\U00050000\U000a0000\U0010ffff\x00\x1f\x7fu'
 
     def read(self, events: List[Event], reason: str = "stop") -> List[Event]:
         return list(ollama_api.rescued(iter([*events, Finish(reason, 7, 6)]), self.NAMES, 200))
@@ -6304,7 +6350,7 @@ class CallsInText(unittest.TestCase):
         question = ollama_api.Question({"model": "plain", "messages": []}, speaks=True)
         rows: Tuple[Tuple[str, Optional[str]], ...] = (
             (r"a\ud83dx", "a\ufffdx"), (r"\ud83d\n", "\ufffd\n"), (r"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
-            (r"\ude00\ud83d", "\ufffd\ufffd"), (r"\ud83d\u0041", "\ufffdA"), (r"\uD83D\uDE00", "\U0001f600"),
+            (r"\ude00\ud83d", "\ufffd\ufffd"), (r"\ud83d\u0041", "\ufffdA"), ("\n\\t", "\n\t"), (r"\uD83D\uDE00", "\U0001f600"),
             (r"\x", None), (r"\u12", None), (r"\u12g4", None), (r"\ud83d\u12", None), ("\\", None))
         for inside, wanted in rows:
             for size in (1, 2, 5, 100):
@@ -6320,17 +6366,21 @@ class CallsInText(unittest.TestCase):
                     self.assertEqual(found, wanted)
 
     def test_calls_in_all_their_forms(self) -> None:
-        one = '{"name": "f", "arguments": {"a": "}\\"<tool_call>```", "b": [1, {}]}}'
-        arguments = {"a": "}\"<tool_call>```", "b": [1, {}]}
+        one = '{"name": "f", "arguments": {"a": "}\\"<tool_call>```", "b": [1, {}], "c": "\\\\"}}'
+        arguments = {"a": "}\"<tool_call>```", "b": [1, {}], "c": "\\"}
         first = ToolCall("f", arguments)
         rows: Tuple[Tuple[str, List[Event]], ...] = (
             (one, [first]), (f" \n{one}\n ", [first]), (f"[{one}, {one}]", [first] * 2), (f"[ {one}]", [first]),
-            (f"```json\n{one}\n```", [first]), (f"```\n{one}\n```\n", [first]), (f"```json\n[{one}]```", [first]),
+            (f"\n```json\n{one}\n```", [first]), (f"```\n{one}\n```\n", [first]), (f"```json\n[{one}]```", [first]),
             (f"<tool_call>\n{one}\n</tool_call>", [first]), (f"<tool_call>{one}", [first]), (f"```\n{one}", [first]),
             (f"<tool_call>{one}</tool_call>\n<tool_call>[{one}]</tool_call>", [first] * 2),
             (f"Let me <see> it. <tool_call>{one}</tool_call>", [Text("Let me <see> it. "), first]),
             (f"```python\nx\n```\n<tool_call>{one}</tool_call>", [Text("```python\nx\n```\n"), first]),
             (f"{{}}<tool_call>{one}</tool_call>", [Text("{}"), first]),
+            ('{"name": "f", "arguments": {}}' + f"<tool_call>{one}", [Text('{"name": "f", "arguments": {}}'), first]),
+            ('{"name": "get weather", "arguments": {}}', [ToolCall("get weather", {})]),
+            ('{ "name" : "h\u00e4", "arguments": {}}', [ToolCall("h\u00e4", {})]),
+            ('{"arguments": {}, "name": "f"}', [ToolCall("f", {})]),
             ('{"parameters": {}, "name": "get weather"}', [ToolCall("get weather", {})]),
             ('{"type": "function", "name": "h\u00e4", "parameters": "{\\"a\\": 1}"}', [ToolCall("h\u00e4", {"a": 1})]),
             ('{"name": "f", "type": "function", "arguments": {"no such": null}}', [ToolCall("f", {"no such": None})]),
@@ -6342,7 +6392,8 @@ class CallsInText(unittest.TestCase):
                 texts = "".join(event.text for event in found if isinstance(event, Text))
                 merged = ([Text(texts)] if texts else []) + [event for event in found if not isinstance(event, Text)]
                 self.assertEqual(merged, [*wanted, Finish("tool_calls", 7, 6)], text)
-            self.assertEqual(self.read([Thinking("Hm."), Text(text)])[0], Thinking("Hm."))
+            thought: List[Event] = [Thinking("Hm."), Text(text)]
+            self.assertEqual(self.read(thought), [Thinking("Hm."), *wanted, Finish("tool_calls", 7, 6)])
 
     def test_what_only_looks_like_a_call_stays_as_it_is(self) -> None:
         one = '{"name": "f", "arguments": {}}'
@@ -6359,13 +6410,16 @@ class CallsInText(unittest.TestCase):
                 f"<tool_call>{one}</tool_call><tool_call>5</tool_call>", "<tool_call>", "<tool_ca", "<", "`", "```", " ", "",
                 '{"name": "f", "arguments": {"a": NaN}}', '{"name": "f", "arguments": {"a": "\\ud800"}}',
                 '{"name": "f", "arguments": {"a": "\n"}}', '{"name": "f", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}",
-                '{"name": "f", "arguments": {"a": "', "{'name': 'f', 'arguments': {}}", "<tool_call><tool_call>" + one,
+                '{"name": "f", "arguments": {"a": "', "{'name': 'f', 'arguments': {}}", '{"id": 5, "name": "f", "arguments": {}}',
+                '{"name": "f", "type": "object", "arguments": {}}', '{"name": "f", "arguments": "{\\"a\\": NaN}"}', "<tool_call><tool_call>" + one,
                 f"{one[:-1]} <tool_call>{one}</tool_call> so"):
             for _ in range(30):
                 self.check_text(text, cut(text, chance))
         self.assertEqual(self.read([Text(one)], "length"), [Text(one), Finish("length", 7, 6)])
         for other in (Thinking("Hm."), ToolCall("f", {})):
-            self.assertEqual(self.read([Text(one), other])[:2], [Text(one), other])
+            for texts in ([Text(one)], [Text("a "), Text("<tool_")]):
+                events: List[Event] = [*texts, other, Text("call>")]
+                self.assertEqual(self.read(events)[:-1], events)
 
     def test_ten_thousand_texts_that_are_no_calls_stay_as_they_are(self) -> None:
         chance = random.Random(20)
@@ -6394,6 +6448,7 @@ class CallsInText(unittest.TestCase):
     def test_a_long_call_and_many_tags_take_linear_time(self) -> None:
         inside = json.dumps("def f():\n    return {'a': [\"}\"]}\n" * 9000)
         call = '{"name": "f", "arguments": {"a": ' + inside + "}}"
+        plain = '{"name": "f", "arguments": {"a": "' + "x" * 300000 + '"}}'
         nested = '<tool_call>{"name": "f", "arguments": ' * 9000 + "}" * 9000 + "x"
         question = ollama_api.Question({"model": "plain", "messages": []}, speaks=True)
         for before, after in ((" " * 40000, '{"answer": "'), ("{" + " " * 40000, '"answer": "'), ('{"answer"' + " " * 40000, ':"')):
@@ -6401,7 +6456,7 @@ class CallsInText(unittest.TestCase):
             spaced: List[Event] = [*map(Text, before + after), Text('x"}'), Finish("stop", 7, 6)]
             self.assertEqual(next(ollama_api.decoded(iter(spaced), question, mock.Mock(), 200)), Text("x"))
             self.assertLess(time.process_time() - started, 1)
-        for text, calls_ in ((call, 1), (" " * 40000 + call, 1), (nested, 0), ("<tool_call>" * 30000, 0), ("<" * 300000, 0), ("{ " * 150000, 0)):
+        for text, calls_ in ((call, 1), (" " * 40000 + call, 1), (plain, 1), (nested, 0), ("<tool_call>" * 30000, 0), ("<" * 300000, 0), ("{ " * 150000, 0)):
             events: List[Event] = [Text(text[n:n + 4]) for n in range(0, len(text), 4)]
             started = time.process_time()
             found = self.read(events)
@@ -6895,7 +6950,8 @@ class WebPages(ServerCase):
             reply = self.ask("POST", CHAT, self.body, origin=page, x_api_key=key)
             self.assertEqual((reply.status, reply.headers["access-control-allow-origin"]),
                              (status, page))
-            self.assertIn("request-id", reply.headers["access-control-expose-headers"])
+            for name in ("request-id", "x-tools"):
+                self.assertIn(name, reply.headers["access-control-expose-headers"])
             self.assertEqual(reply.headers["vary"], "origin")
 
     def test_what_looks_like_an_origin_that_is_allowed_is_not(self) -> None:
@@ -7067,16 +7123,21 @@ class TheLog(ServerCase):
         self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
 
     def test_the_time_to_the_first_token_is_that_of_ollamas_even_where_it_is_held_back(self) -> None:
-        gate = threading.Event()
-        script = self.ollama.queue(Script([line(calls(("a", {}))), gate, done()]))
-        with self.open("POST", MESSAGES, {"messages": USER, "tools": [{"name": "a"}]}) as stream:
-            self.assertTrue(script.waits.wait(PATIENCE))
-            self.assertFalse(script.left.wait(0.2))
-            gate.set()
-            stream.reply()
-        self.eventually(lambda: LOG)
-        first, total = map(float, re.findall(r"(?:first|total)=([\d.]+)s", LOG[0]))
-        self.assertLess(first + 0.1, total)
+        for before, after, more in ((line(calls(("a", {}))), done(), Script()),
+                                    (thinking("Hm."), {"error": "error parsing tool call: x"},
+                                     Script([content('{"answer": "x"}'), done()]))):
+            gate = threading.Event()
+            script = Script([before, gate, after])
+            LOG.clear()
+            self.ollama.scripts[:] = [script, more]
+            with self.open("POST", MESSAGES, {"messages": USER, "tools": [{"name": "a"}]}) as stream:
+                self.assertTrue(script.waits.wait(PATIENCE))
+                self.assertFalse(script.left.wait(0.2))
+                gate.set()
+                self.assertEqual(stream.reply().status, 200)
+            self.eventually(lambda: LOG)
+            first, total = map(float, re.findall(r"(?:first|total)=([\d.]+)s", LOG[0]))
+            self.assertLess(first + 0.1, total)
 
     def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
         closed = io.StringIO()
@@ -7412,26 +7473,33 @@ class Demo(ProcessCase):
         tools = [{"name": "look", "input_schema": prop({"$ref": "#/$defs/at"}, required=["a", "b"], **{
             "$defs": {"at": prop({"$ref": "#/$defs/at"}, required=["a"])}})}, {"name": "now"}]
 
-        def first_block(**more: Any) -> Any:
+        def first_block(way: str = "None", **more: Any) -> Any:
             body = {"messages": [{"role": "user", "content": "Use a tool!"}], **more}
             with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}",
                                         json.dumps(body).encode(), PATIENCE) as reply:
+                self.assertEqual(str(reply.headers["x-tools"]), way)
                 return json.loads(reply.read())["content"][0]
 
-        for choice, model in itertools.product(("auto", "any"), ("demo", "demo-plain")):
-            block = first_block(model=model, tools=tools, tool_choice={"type": choice})
-            self.assertEqual((block["type"], block["name"]), ("tool_use", "look"))
-            self.assertIn("a", block["input"])
-        said: List[Any] = [{"role": "user", "content": "Use a tool!"}, {"role": "assistant", "content": [
-            {"type": "tool_use", "id": "x", "name": "now", "input": {}}]},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "A tool says 5."}]}]
-        for model in ("demo", "demo-plain"):
-            self.assertIn("A tool says 5.", first_block(model=model, tools=tools, messages=said)["text"])
-        text = first_block(output_format={"type": "json_schema", "schema": {
-            "type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}})["text"]
-        self.assertEqual(text, '{"answer": "demo"}')
-        text = first_block(output_format={"type": "json_schema", "schema": {"enum": ["x"]}})["text"]
-        self.assertEqual(text, '"x"')
+        schema = {"type": "json_schema", "schema": {"enum": ["x"]}}
+        result = [{"role": "user", "content": "Use a tool!"}, {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "t", "name": "look", "input": {}}]}, {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "t", "content": "A tool!"}]}]
+        for model, way, thought in (("demo", "native", "thinking"), ("demo-plain:latest", "bound", "text")):
+            for more in ({"tool_choice": {"type": "any"}}, {"output_format": schema}, {}):
+                block = first_block("bound" if more else way, model=model, tools=tools, **more)
+                self.assertEqual((block["type"], block["name"]), ("tool_use", "look"))
+                self.assertIn("a", block["input"])
+            for turns, said in ((result, "A tool!"), ([{"role": "user", "content": "Hi"}], "Hi")):
+                block = first_block(way, model=model, tools=tools, messages=turns)
+                self.assertEqual(block["text"].replace("The tool look answered:\n", ""),
+                                 f"This is a demo: no model is running. You said: {said}")
+                block = first_block("bound", model=model, tools=tools, messages=turns, output_format=schema)
+                self.assertEqual(block["text"], '"x"')
+            self.assertEqual(first_block(model=model, output_format=schema)["text"], '"x"')
+            self.assertEqual(first_block(model=model, thinking={"type": "enabled"})["type"], thought)
+            text = first_block(model=model, output_format={"type": "json_schema", "schema": {
+                "type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}})["text"]
+            self.assertEqual(text, '{"answer": "demo"}')
         with self.assertRaises(urllib.error.HTTPError) as raised:
             first_block(messages=[{"role": "user", "content": [{"type": "image", "source": {
                 "type": "base64", "data": "AAAA"}}]}])
@@ -7460,11 +7528,11 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.parse(), Config(ollama="http://127.0.0.1:11434"))
         environ = {"OLLAMA_API_PORT": "9", "OLLAMA_HOST": "a:1", "OLLAMA_API_ALIAS": "a=b,c=d",
                    "OLLAMA_API_SERVER_KEY": "k1,k2", "OLLAMA_API_DEMO": "1", "OLLAMA_API_KEY": "up",
-                   "OLLAMA_API_NUM_CTX": "4096", "OLLAMA_API_PING": "0.5"}
+                   "OLLAMA_API_NUM_CTX": "4096", "OLLAMA_API_PING": "0.5", "OLLAMA_API_TOOLS": "native"}
         config = self.parse(**environ)
         self.assertEqual(config, Config(
             port=9, ollama="http://a:1", alias=("a=b", "c=d"), demo=True, api_key=("k1", "k2"),
-            num_ctx=4096, ping=0.5, ollama_key="up"))
+            num_ctx=4096, ping=0.5, ollama_key="up", tools="native"))
         config = self.parse("--port", "8", "--ollama", "https://b", "--alias", "x=y", **environ)
         self.assertEqual((config.port, config.ollama), (8, "https://b:443"))
         self.assertEqual(config.alias, ("x=y",))
@@ -7477,7 +7545,7 @@ class CommandLine(unittest.TestCase):
                            (["--ping", "inf"], "--ping"),
                            (["--alias", "a"], "--alias"), (["--num-ctx", "0"], "--num-ctx"),
                            (["--host", "0.0.0.0"], "--host"), (["--nonsense"], "--nonsense"),
-                           (["--default-stream", "x"], "--default-stream"),
+                           (["--default-stream", "x"], "--default-stream"), (["--tools", "x"], "--tools"),
                            (["--allow-origin", "*"], "--allow-origin"),
                            (["--allow-origin", "https://a*"], "--allow-origin"),
                            (["--allow-origin", "https://*a"], "--allow-origin"),
