@@ -222,12 +222,14 @@ class Question:
     body: OllamaRequest
     stream: bool = False
     stop: Sequence[str] = ()  # for until_stop
+    only_counts: bool = False  # no token is wanted
     one_call: bool = False  # drop all but the first
     tools: Sequence[Tool] = ()  # that Ollama is given
     amounts: Sequence[float] = ()  # see Counting tokens
     prompt_tokens: int = 0  # an estimate
     decode: Optional[Decode] = None  # of an answer that is bound to calls
     speaks: bool = False  # it may be text as well: see CALL_OR_TEXT
+    as_is: bool = False  # from a client of Ollama's own API, which expects Ollama's own ways
 
 
 # Events are dataclasses: if they were NamedTuples, Text("a") == Thinking("a") would be true.
@@ -309,6 +311,10 @@ class Context:
         """Return Ollama's answer in the dialect's words: by `reply`, or by `stream` as frames."""
         question.amounts = amounts_in(question.body)
         question.prompt_tokens = self.server.rates.tokens(question.body["model"], question.amounts)
+        options = question.body["options"]
+        question.only_counts = options.get("num_predict") == 0
+        if question.only_counts:
+            options["num_predict"] = 1  # up to 0.30, 0 would be no limit
         events = self.ollama.events(question)
         if question.stream:
             frames = stream(question, events)
@@ -325,17 +331,18 @@ class APIError(Exception):
     code: Optional[str] = None  # OpenAI's machine-readable reason
     details: Optional[JSON] = None  # Anthropic's
     retry_after: Optional[int] = None  # seconds; None tells the client not to retry
+    origin: Optional[Tuple[int, str]] = None  # what Ollama said: its status (200 in a stream), text
 
 
 class PromptTooLong(APIError):
     """Report a prompt that does not fit the context window. A number is 0 if it is unknown."""
 
-    def __init__(self, prompt_tokens: int, window: int) -> None:
+    def __init__(self, prompt_tokens: int, window: int, origin: Optional[Tuple[int, str]]) -> None:
         self.prompt_tokens = prompt_tokens
         self.window = window
         tokens = f": {prompt_tokens} tokens" if prompt_tokens else ""
         maximum = f" > {window} maximum" if window else ""
-        super().__init__(400, f"prompt is too long{tokens}{maximum}", code=TOO_LONG)
+        super().__init__(400, f"prompt is too long{tokens}{maximum}", code=TOO_LONG, origin=origin)
 
 
 class ClientLeft(Exception):
@@ -770,10 +777,11 @@ def text_in(field: Field) -> str:
 
 
 # ---- Frames --------------------------------------------------------------------------------------
-# What dialects build replies with. A frame is one server-sent event (WHATWG HTML, 9.2).
-# JSON for clients is ASCII, so it can always be encoded.
+# What dialects build replies with. A frame is one server-sent event (WHATWG HTML, 9.2), or, in
+# Ollama's own API, one line. JSON for clients is ASCII, so it can always be encoded.
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
+JSON_LINES = "application/x-ndjson"
 
 dumps = json.JSONEncoder(allow_nan=False).encode
 plain_json = json.JSONEncoder(ensure_ascii=False).encode  # for a model to read
@@ -788,6 +796,13 @@ def sse(data: JSON) -> bytes:
     Chunks of chat completions must have none: an `event:` line stops the openai SDK."""
     name = f"event: {data['type']}\n" if "type" in data else ""
     return f"{name}data: {dumps(data)}\n\n".encode()
+
+
+def json_line(data: JSON) -> bytes:
+    return dumps(data).encode() + b"\n"
+
+
+FRAMING = {EVENT_STREAM: sse, JSON_LINES: json_line}
 
 
 def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
@@ -2959,29 +2974,50 @@ class Ollama(contextlib.ExitStack):
         self.tools = ""  # the way that they took: native, bound or rescued
         self.knows_tools: Optional[bool] = None  # the model that is asked; None: not known yet
         self.abilities: Dict[str, List[Any]] = {}  # of models
+        self.missed = 0  # how many of the names to try are not installed
 
     def events(self, asked: Question) -> Events:
-        """Yield the events of the answer. If the model knows no tools, or a call is lost, ask
-        again, bound, as long as the client has seen no text."""
+        """Yield the events of the answer. Where there is a remedy for an error, ask in another
+        way, as long as the client has seen no text."""
         said = False
-        try:
-            for event in self.answer(asked):
-                said = said or isinstance(event, Text) and not event.text.isspace()
-                yield event
-            return
-        except APIError as error:
-            if self.config.tools == "native" or said or error.code not in (NO_TOOLS, CALL_LOST):
+        while True:
+            try:
+                for event in self.answer(asked):
+                    said = said or isinstance(event, Text) and not event.text.isspace()
+                    yield event
+                return
+            except APIError as error:
+                instead = None if said else self.remedy(asked, error.code)
+                if instead is None:
+                    raise
+                asked = instead
+
+    def remedy(self, asked: Question, code: Optional[str]) -> Optional[Question]:
+        """Return the question to ask after an error, if there is one: without thoughts, or their
+        level, if the model knows none; bound, if it knows no tools, or a call is lost."""
+        body = asked.body.copy()
+        if code == "no_thinking" and "think" in body and not asked.as_is:
+            del body["think"]
+            return dataclasses.replace(asked, body=body)
+        if code == "no_think_level" and isinstance(body.get("think"), str) and not asked.as_is:
+            body["think"] = True
+            return dataclasses.replace(asked, body=body)
+        if code in (NO_TOOLS, CALL_LOST) and asked.tools and self.config.tools == "any":
+            self.knows_tools = code == CALL_LOST
+            try:
+                instead = bound_instead(asked)
+            except APIError:
+                if code == CALL_LOST:  # a schema that no grammar can express, but Ollama took it
+                    return None
                 raise
-            lost = error if error.code == CALL_LOST else None
-        self.knows_tools, self.tools = lost is not None, "bound"
-        try:
-            asked = bound_instead(asked)
-        except APIError as unfit:  # a schema that no grammar can express, but Ollama took it
-            raise lost or unfit from unfit
-        yield from self.answer(asked)
+            self.tools = "bound"
+            return instead
+        return None
 
     def answer(self, asked: Question) -> Events:
         body: JSON = {**asked.body, "stream": True}
+        if not asked.as_is:
+            body["truncate"] = False
         response = self.ask("/api/generate" if "prompt" in body else "/api/chat", body)
         # Ollama's head comes with its first token.
         self.first_at = self.first_at or time.monotonic()
@@ -3003,7 +3039,7 @@ class Ollama(contextlib.ExitStack):
             self.rates.learn(asked.body["model"], asked.amounts, tokens)
 
     def embed(self, body: JSON) -> JSON:
-        response = self.ask("/api/embed", body)
+        response = self.ask("/api/embed", {**body, "truncate": False})
         return parse_object(read_all(response, self.config.embed_bytes))
 
     def installed(self) -> List[JSON]:
@@ -3039,35 +3075,23 @@ class Ollama(contextlib.ExitStack):
         return parse_object(read_all(response, self.config.line_bytes))
 
     def ask(self, path: str, body: JSON) -> Response:
-        """Ask the model that the client named; if it is not installed, that of an alias."""
-        options = body["options"]
-        if options.get("num_predict") == 0:  # up to 0.30, that would be no limit
-            options = {**options, "num_predict": 1}
+        """Ask the model that the client named; if it is not installed, that of an alias. What is
+        not said of the context window is `--num-ctx`."""
         if self.config.num_ctx is not None:
-            options = {"num_ctx": self.config.num_ctx, **options}
-        body = {**body, "options": options, "truncate": False}
-        for name in self.names(body["model"]):
+            body = {**body, "options": {"num_ctx": self.config.num_ctx, **body.get("options", {})}}
+        named, origin = body["model"], None
+        for name in self.names(named)[self.missed:]:
+            body = {**body, "model": name}
             try:
-                return self.ask_model(path, self.fitted({**body, "model": name}))
-            except APIError as error:
-                if error.code != "model_not_found":
-                    raise
-        raise self.missing(body["model"])
-
-    def ask_model(self, path: str, body: JSON) -> Response:
-        """Ask; if Ollama rejects `think`, ask again without it or without its level."""
-        while True:
-            try:
-                return self.open(path, body)
+                return self.open(path, self.fitted(body))
             except PromptTooLong as error:
                 raise self.with_numbers(error, body) from error
             except APIError as error:
-                if "think" in body and error.code == "no_thinking":
-                    del body["think"]
-                elif isinstance(body.get("think"), str) and error.code == "no_think_level":
-                    body["think"] = True
-                else:
+                if error.code != "model_not_found":
                     raise
+                self.missed += 1
+                origin = origin or error.origin
+        raise self.missing(named, origin)
 
     def fitted(self, body: JSON) -> JSON:
         """Return the body as its model can take it. Refuse images for one without vision: up to
@@ -3104,24 +3128,24 @@ class Ollama(contextlib.ExitStack):
         return [model for pattern, _, model in aliases
                 if any(fnmatch.fnmatchcase(each, pattern) for each in (name, plain))][:1]
 
-    def missing(self, name: str) -> APIError:
+    def missing(self, name: str, origin: Optional[Tuple[int, str]] = None) -> APIError:
         installed = ", ".join(map(model_name, self.installed())) or "none"
         last = self.names(name)[-1]
         nor = f", nor is {dumps(last)}, its --alias" if self.alias_of(name) else ""
         return APIError(
             404, f"model: {dumps(name)} is not installed in Ollama{nor}. "
                  f"Installed: {installed}. To install it: ollama pull {last}",
-            param="model", code="model_not_found")
+            param="model", code="model_not_found", origin=origin)
 
     def with_numbers(self, error: PromptTooLong, body: JSON) -> PromptTooLong:
         """Return the error with the numbers, which Ollama up to 0.29 leaves out."""
         if error.window:
             return error
-        window = body["options"].get("num_ctx")
+        window = body.get("options", {}).get("num_ctx")
         if not isinstance(window, int):
             window = self.window_of(body["model"])
         tokens = self.rates.tokens(body["model"], amounts_in(body))
-        return PromptTooLong(max(tokens, window + 1), window)
+        return PromptTooLong(max(tokens, window + 1), window, error.origin)
 
     def window_of(self, name: str) -> int:
         """Return the context window of a loaded model; 0 if it is unknown. Of models that are the
@@ -3230,26 +3254,33 @@ def refused(status: int, text: str) -> APIError:
     for refusal in REFUSALS:
         if status in (*refusal.came_with, 200) and re.match(refusal.begins, message):
             means = refusal
+    said = error_in(text)
+    origin = status, said if isinstance(said, str) else text.strip()[:1000]
     if means.code == TOO_LONG:
         numbers = re.search(r"\((\d+) tokens\).*\((\d+) tokens\)", message)
-        known = map(int, numbers.groups()) if numbers else (
+        tokens, window = map(int, numbers.groups()) if numbers else (
             ollama_field(found, name, 0) for name in ("n_prompt_tokens", "n_ctx"))
-        return PromptTooLong(*known)
+        return PromptTooLong(tokens, window, origin)
     if means.status == 502:
         message = "Ollama failed: " + message
-    return APIError(means.status, message, code=means.code, retry_after=means.retry_after)
+    return APIError(means.status, message, code=means.code, retry_after=means.retry_after,
+                    origin=origin)
 
 
 def innermost_error(text: str) -> JSON:
     """Return {"message": ...} from {"error": text}, where text may be such JSON again (0.30).
     For anything else, such as a proxy's error page, its first 1,000 characters."""
-    try:
-        error = json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        error = None
+    error = error_in(text)
     if isinstance(error, str):
         return innermost_error(error)
     return error if isinstance(error, dict) else {"message": text.strip()[:1000]}
+
+
+def error_in(text: str) -> Any:
+    try:
+        return json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def broken_answer(how: object) -> APIError:
@@ -3554,15 +3585,15 @@ def parse_object(data: bytes) -> JSON:
 
 def read_as(question: Question, events: Events, config: Config) -> Events:
     """Return the events, filtered as the request needs."""
-    if question.body["options"].get("num_predict") == 0:
+    if question.only_counts:
         return only_counted(events)
-    if question.body.get("think") is False:
+    if question.body.get("think") is False and not question.as_is:
         events = without_thoughts(events)
     if question.tools:
         events = none_lost(events)
     if question.decode:
         events = decoded(events, question, question.decode, config.json_depth)
-    elif prefill_of(question.body):
+    elif prefill_of(question.body) and not question.as_is:
         events = unrepeated(events, prefill_of(question.body))
     if question.tools and config.tools == "any":
         events = rescued(events, [tool.name for tool in question.tools], config.json_depth)
@@ -4503,7 +4534,8 @@ class Exchange(Client):
         """Tell the client: by an HTTP status if no frame is ready yet, else as the last frame."""
         content = self.wording(error, self.id)
         if self.status or self.pending:
-            self.pending.append(sse(content))
+            kind = self.stream_fields.get("content-type", EVENT_STREAM)
+            self.pending.append(FRAMING[kind](content))
             self.send_pending(end=True)
             return
         if error.retry_after is None:
