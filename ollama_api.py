@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Serve Anthropic's and OpenAI's HTTP APIs from the local Ollama: one file, standard library only.
+"""Serve Anthropic's, OpenAI's and Ollama's HTTP APIs from the local Ollama: one file, and nothing
+but the standard library.
 
 Start it
     python ollama_api.py           serves http://127.0.0.1:8000 and asks Ollama on this machine
@@ -8,6 +9,7 @@ Start it
 Point a client at it (any key will do; the SDKs insist on one)
     anthropic SDK, Claude Code     base URL http://127.0.0.1:8000       key "none"
     openai SDK                     base URL http://127.0.0.1:8000/v1    key "none"
+    what speaks Ollama's own API   OLLAMA_HOST=http://127.0.0.1:8000    no key
 
 Endpoints
     POST /v1/messages              Anthropic Messages
@@ -19,8 +21,14 @@ Endpoints
     POST /v1/embeddings            turn texts into vectors
     GET  /v1/models                list the models that Ollama has, for both SDKs
     GET  /v1/models/{id}           describe one of them
-    GET  /api/version              Ollama's own answer, for `codex --oss`
-    GET  /api/tags                 the same
+    POST /api/chat                 Ollama's own API, with the same guarantees
+    POST /api/generate             continue a text
+    POST /api/embed                turn texts into vectors
+    POST /api/embeddings           the older form of it
+    POST /api/show                 describe a model
+    GET  /api/tags                 list the models that Ollama has
+    GET  /api/ps                   list those that are loaded
+    GET  /api/version              say which release Ollama is
     GET  /health                   200 while Ollama answers, otherwise 503
     GET  /                         name, version and endpoints
 
@@ -37,6 +45,7 @@ Contents of this file, from top to bottom
     Completions and Embeddings     OpenAI's smaller endpoints
     OpenAI Responses               a dialect
     Responses as a stream          its frames
+    Ollama's own API               a dialect, and what is passed on as it is
     Models and health              what Ollama has, and whether it answers
     Routes                         the product on one screen
     Tools                          which of three ways they take; all that models are told
@@ -220,11 +229,13 @@ class OllamaRequest(TypedDict, total=False):
 class Question:
     """Hold a translated request: what Ollama is asked, and what shapes its answer here."""
     body: OllamaRequest
+    path: str = "/api/chat"
     stream: bool = False
     stop: Sequence[str] = ()  # for until_stop
     only_counts: bool = False  # no token is wanted
     one_call: bool = False  # drop all but the first
     tools: Sequence[Tool] = ()  # that Ollama is given
+    schema: Optional[Field] = None  # that it is given beside them
     amounts: Sequence[float] = ()  # see Counting tokens
     prompt_tokens: int = 0  # an estimate
     decode: Optional[Decode] = None  # of an answer that is bound to calls
@@ -266,6 +277,8 @@ class Finish:
     completion_tokens: int
     stop_sequence: Optional[str] = None
     cached_tokens: Optional[int] = None  # since Ollama 0.34
+    has_calls: bool = dataclasses.field(default=False, compare=False)  # they came with it
+    own: JSON = dataclasses.field(default_factory=dict, compare=False)  # what else came with it
 
 
 Event = Union[Thinking, Text, ToolCall, Finish]
@@ -533,11 +546,16 @@ def read_ollama_options(body: Field, table: Mapping[str, Option]) -> Tuple[JSON,
     own = body.object("options")
     stop = stop_texts(own, "stop")
     options = {**read_options(body, table), **own.value, "stop": None}
+    refuse_batch(options, own if "num_batch" in own.value else body)
+    return {name: value for name, value in options.items() if value is not None}, stop
+
+
+def refuse_batch(options: JSON, owner: Field) -> None:
+    """Take a num_batch out that would end Ollama's runner, and report it."""
     batch = options.get("num_batch")
     if isinstance(batch, (int, float)) and not LEAST_BATCH <= batch < 2**31:
-        (own if "num_batch" in own.value else body).at("num_batch").ignore()
-        options["num_batch"] = None
-    return {name: value for name, value in options.items() if value is not None}, stop
+        owner.at("num_batch").ignore()
+        del options["num_batch"]
 
 
 def model_of(body: Body) -> str:
@@ -1703,6 +1721,7 @@ def completions_request(body: Body) -> ChatQuestion:
         raise body.at("prompt").invalid(
             "must be one text: send a request for each")
     question = chat_question(body, {"prompt": prompts[0], "think": False})
+    question.path = "/api/generate"
     suffix = body.get("suffix", str)
     if suffix:
         question.body["suffix"] = suffix
@@ -2168,11 +2187,256 @@ class ResponseStream:
         return item
 
 
+# ---- Ollama's own API ----------------------------------------------------------------------------
+# For programs that speak nothing else: VS Code, Open WebUI, Zed, `ollama` itself. Bodies, answers
+# and errors stay as they are, as far as that hurts nobody: schemas become harmless, --num-ctx
+# and aliases hold, images for a blind model are refused, every model calls tools, a cut answer
+# is an error. Silence is filled with chunks without text, which all clients read as nothing
+# (Cline gives up where no head has come within 30 s). What changes Ollama is refused.
+
+def native_chat(context: Context) -> Reply:
+    return native_answer(context, "/api/chat", "messages")
+
+
+def native_generate(context: Context) -> Reply:
+    return native_answer(context, "/api/generate", "prompt")
+
+
+def native_answer(context: Context, path: str, asks: str) -> Reply:
+    """Answer in chunks, or in one. Without the field that `asks`, Ollama only loads the model or
+    unloads it; for _debug_render_only it shows the prompt. What is malformed, Ollama refuses."""
+    fields = native_fields(context.body, path)
+    whole = dict(fields)
+    if whole.get("stream") is None or whole["stream"] is True:
+        whole["stream"] = False
+    if not fields.get(asks) or fields.get("_debug_render_only") is True:
+        return native_whole(context, path, whole)
+    try:
+        question = native_request(context.body, fields, path)
+    except APIError:
+        native_whole(context, path, whole)
+        raise  # but if it does not, we do
+    events = context.ollama.events(question)
+    if not question.stream:
+        return Reply(native_reply(question, events))
+    pings = (json_line(native_chunk(question, ())) for _ in itertools.count())
+    return Reply(native_stream(question, events), content_type=JSON_LINES, pings=pings)
+
+
+def native_whole(context: Context, path: str, fields: JSON) -> Reply:
+    """Return Ollama's own answer, one object."""
+    found = context.ollama.post(path, context.ollama.with_window(fields))
+    return Reply({**found, "model": fields["model"]} if "model" in found else found)
+
+
+# What Ollama does not read there must not mislead us.
+UNREAD = {"/api/chat": ("prompt", "images", "template"), "/api/generate": ("messages", "tools")}
+
+
+def native_fields(body: Body, path: str) -> JSON:
+    """Return the body without what could harm other clients. To Ollama, {"Format": ...} is a format
+    too: Go does not heed the case of names. Nor does it mind null in a list."""
+    body.value = native_names(body.value)
+    for name in UNREAD.get(path, ()):
+        body.value.pop(name, None)
+    for name in ("messages", "tools"):
+        if isinstance(body.value.get(name), list):
+            body.value[name] = [item for item in body.value[name] if item is not None]
+    fields = {**body.value, "model": body.value.get("model") or ""}
+
+    if fields.get("template"):  # {{range 1000000}}{{printf "%999999d" 1}}{{end}} fills its memory
+        raise body.at("template").invalid("is not taken here, for it could end Ollama")
+    if fields.get("tools"):
+        with contextlib.suppress(APIError):  # then Ollama refuses all of it
+            fields["tools"] = [harmless_tool(tool) for tool in body.each("tools")]
+    form = body.at("format")
+    if form.value == "json":  # since 0.30, Ollama ignores it for some models
+        fields["format"] = ANY_OBJECT
+    elif isinstance(form.value, dict):
+        reducer = SchemaReducer()
+        fields["format"] = reducer.finish(reducer.read(form))
+    if isinstance(fields.get("options"), dict):
+        fields["options"] = {**fields["options"]}
+        refuse_batch(fields["options"], body.object("options"))
+    return fields
+
+
+def native_names(owner: JSON) -> JSON:
+    return {name.casefold(): value for name, value in owner.items()}
+
+
+def native_request(body: Body, fields: JSON, path: str) -> Question:
+    """Return the question; 400 if it has types that Ollama refuses."""
+    body.get("model", str)
+    body.get("prompt", str)
+    body.get("options", dict)
+    list(body.each("images", str))
+    messages = [native_message(turn) for turn in body.each("messages")]
+    tools = [native_tool(tool) for tool in body.each("tools")]
+    stream = body.get("stream", bool) is not False
+    if messages:
+        fields = {**fields, "messages": messages}
+    schema = Field(fields["format"], body, "format") if fields.get("format") else None
+    return Question(cast(OllamaRequest, fields), path, stream, tools=tools, schema=schema,
+                    as_is=True)
+
+
+def native_message(turn: Field) -> OllamaMessage:
+    """Return a message that has at least a role and content; 400 if it has wrong types."""
+    turn.value = native_names(turn.value)
+    for name in ("role", "content", "thinking", "tool_name", "tool_call_id"):
+        turn.get(name, str)
+    list(turn.each("images", str))
+    given = {name: value for name, value in turn.value.items() if value is not None}
+    if "tool_calls" in given:
+        given["tool_calls"] = [native_call(call) for call in turn.each("tool_calls")]
+    return cast(OllamaMessage, {
+        **given, "role": given.get("role", "").lower(), "content": given.get("content", "")})
+
+
+def native_call(call: Field) -> JSON:
+    call.get("id", str)
+    function = call.object("function")
+    named = {"name": function.get("name", str) or ""}
+    function.get("arguments", dict)
+    return {**call.value, "function": {**function.value, **named}}
+
+
+def harmless_tool(tool: Field) -> JSON:
+    """Return a tool with a schema of which no part ends Ollama's runner."""
+    function = tool.object("function")
+    schema = tool_schema(function.object("parameters"))
+    return {**tool.value, "function": {**function.value, "parameters": schema}}
+
+
+def native_tool(tool: Field) -> Tool:
+    function = tool.object("function")
+    name, description = (function.get(name, str) or "" for name in ("name", "description"))
+    return Tool(name, description, function.object("parameters"))
+
+
+def native_reply(question: Question, events: Events) -> JSON:
+    parts, finish = collect(events)
+    return native_chunk(question, [*parts, finish])
+
+
+def native_chunk(question: Question, events: Iterable[Event], index: int = 0) -> JSON:
+    """Return one chunk with all these events; without any, it is a ping. `index` is that of the
+    first call."""
+    parts = list(events)
+    texts = [part for part in parts if isinstance(part, Text)]
+    thoughts = "".join(part.text for part in parts if isinstance(part, Thinking))
+    calls = [part for part in parts if isinstance(part, ToolCall)]
+    generates = question.path == "/api/generate"
+    message: JSON = {"response" if generates else "content": "".join(part.text for part in texts)}
+    if thoughts:
+        message["thinking"] = thoughts
+    if calls:
+        message["tool_calls"] = [
+            {"id": new_id("call_"), "function": {
+                "index": n, "name": call.name, "arguments": call.arguments}}
+            for n, call in enumerate(calls, index)]
+
+    now = datetime.now(timezone.utc)
+    chunk: JSON = {"model": question.body["model"], "created_at": f"{now:%Y-%m-%dT%H:%M:%S.%fZ}"}
+    chunk.update(message if generates else {"message": {"role": "assistant", **message}})
+    chunk["done"] = False
+    logprobs = list(itertools.chain(*(part.logprobs for part in texts)))
+    if logprobs:
+        chunk["logprobs"] = logprobs
+    for part in parts:
+        if isinstance(part, Finish):
+            reason = "length" if part.reason == "length" else "stop"
+            chunk.update(done=True, done_reason=reason, **part.own)
+    return chunk
+
+
+def native_stream(question: Question, events: Events) -> Frames:
+    """Yield the chunks. Calls stand in the last one, or each before it, as they came."""
+    events = once_begun(events)
+    text_line = prepared(lambda text: json_line(native_chunk(question, [Text(text)])))
+    calls: List[Event] = []
+    indexes = itertools.count()
+    for event in events:
+        if isinstance(event, Text) and not event.logprobs:
+            yield text_line(event.text)
+        elif isinstance(event, ToolCall):
+            calls.append(event)
+        elif isinstance(event, Finish):
+            while calls and not event.has_calls:
+                yield json_line(native_chunk(question, [calls.pop(0)], next(indexes)))
+            yield json_line(native_chunk(question, [*calls, event]))
+        else:
+            yield json_line(native_chunk(question, [event]))
+
+
+def native_error(error: APIError, _request_id: str) -> JSON:
+    return {"error": error.message}
+
+
+def as_ollama_said(error: APIError) -> APIError:
+    """Return an error with Ollama's own text and status, if it is one of Ollama's."""
+    if error.origin is None:
+        return error
+    status, text = error.origin
+    status = error.status if status == 200 else status
+    return APIError(status, text, code=error.code, retry_after=error.retry_after)
+
+
+def native_post(path: str) -> Callable[[Context], Reply]:
+    """Return an endpoint that gives Ollama's own answer to POST `path`."""
+    return lambda context: native_whole(context, path, native_fields(context.body, path))
+
+
+def native_get(path: str) -> Callable[[Context], Reply]:
+    """Return an endpoint that gives Ollama's own answer to GET `path`."""
+    return lambda context: Reply(context.ollama.get(path))
+
+
+def native_tags(context: Context) -> Reply:
+    answer = context.ollama.get("/api/tags")
+    config = context.server.config
+    models = [{**model, **abilities_here(model, config)} for model in models_in(answer)]
+    return Reply({**answer, "models": models})
+
+
+def native_show(context: Context) -> Reply:
+    """Describe a model as it is here. VS Code cuts its prompts by the window that this tells."""
+    given = context.body.value
+    asked = {**given, "model": given.get("model") or given.get("name") or ""}
+    shown = context.ollama.post("/api/show", asked)
+    config = context.server.config
+    shown.update(abilities_here(shown, config))
+    if config.num_ctx is not None:
+        info: JSON = ollama_field(shown, "model_info", {})
+        lengths = [name for name, value in info.items()
+                   if name.endswith(".context_length") and isinstance(value, int)]
+        window = min([config.num_ctx, *(info[name] for name in lengths)])
+        shown["model_info"] = {**info, **dict.fromkeys(lengths, window)}
+        lines = ollama_field(shown, "parameters", "").split("\n")
+        others = [line for line in lines if line and line.split()[0] != "num_ctx"]
+        shown["parameters"] = "\n".join([*others, f"{'num_ctx':<30} {window}"])
+    return Reply(shown)
+
+
+CHANGES = {
+    "pull": "ollama pull MODEL", "push": "ollama push MODEL", "create": "ollama create MODEL",
+    "copy": "ollama cp MODEL NAME", "delete": "ollama rm MODEL", "blobs": "ollama create MODEL"}
+
+
+def refuse_changes(path: str) -> None:
+    """Refuse what changes Ollama's models: a key to ask them is no key to fill its disk."""
+    name = re.match("/+api/+([a-z]+)", without_v1(path))
+    if name and name[1] in CHANGES:
+        raise APIError(403, "Models are not changed through this server. On the machine where "
+                            f"Ollama runs, type: {CHANGES[name[1]]}")
+
+
 # ---- Models and health ---------------------------------------------------------------------------
 # One model object satisfies both SDKs. Anthropic's needs has_more: false, or it asks without
 # end; OpenAI's clients break on `data: null`. Ollama lists window and abilities from 0.30 on.
-# `codex --oss` looks for Ollama itself first: it gets Ollama's own answers. Claude Code 2.1.332
-# offers only ids with "anthropic" or "claude" in them: it gets each model a second time.
+# Claude Code 2.1.332 offers only ids with "anthropic" or "claude" in them: it gets each model a
+# second time.
 
 ANTHROPIC = "anthropic/"  # before a name, it changes nothing
 
@@ -2198,8 +2462,7 @@ def get_model(context: Context) -> Reply:
 
 
 def model_object(model: JSON, config: Config) -> JSON:
-    """Turn a model of /api/tags into OpenAI's model object and Anthropic's, in one. Here, all that
-    complete can also call tools."""
+    """Turn a model of /api/tags into OpenAI's model object and Anthropic's, in one."""
     name = model_name(model)
     owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
     modified = timestamp(ollama_field(model, "modified_at", ""))
@@ -2212,12 +2475,16 @@ def model_object(model: JSON, config: Config) -> JSON:
     window = ollama_field(details, "context_length", 0)
     if window:
         found.update(context_length=window, max_input_tokens=window)
+    return {**found, **abilities_here(model, config)}
+
+
+def abilities_here(model: JSON, config: Config) -> JSON:
+    """Return the field that says what a model can do, {} if Ollama does not say. Here, all that
+    complete can also call tools."""
     abilities: List[Any] = ollama_field(model, "capabilities", [])
     if config.tools == "any" and "completion" in abilities and "tools" not in abilities:
         abilities = [*abilities, "tools"]
-    if abilities:
-        found["capabilities"] = abilities
-    return found
+    return {"capabilities": abilities} if abilities else {}
 
 
 def timestamp(text: str) -> datetime:
@@ -2249,11 +2516,6 @@ def get_root(context: Context) -> Reply:
         "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
 
 
-def pass_on(path: str) -> Callable[[Context], Reply]:
-    """Return an endpoint that gives Ollama's own answer to GET `path`."""
-    return lambda context: Reply(context.ollama.get(path))
-
-
 # ---- Routes --------------------------------------------------------------------------------------
 # The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so
 # paths are compared without leading /v1 segments, however many, without a trailing slash, and
@@ -2279,8 +2541,14 @@ ROUTES = (
     Route("POST", "/v1/responses", create_response, openai_error),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{id}", get_model),
-    Route("GET", "/api/version", pass_on("/api/version")),
-    Route("GET", "/api/tags", pass_on("/api/tags")),
+    Route("POST", "/api/chat", native_chat, native_error),
+    Route("POST", "/api/generate", native_generate, native_error),
+    Route("POST", "/api/embed", native_post("/api/embed"), native_error),
+    Route("POST", "/api/embeddings", native_post("/api/embeddings"), native_error),
+    Route("POST", "/api/show", native_show, native_error),
+    Route("GET", "/api/tags", native_tags, native_error),
+    Route("GET", "/api/ps", native_get("/api/ps"), native_error),
+    Route("GET", "/api/version", native_get("/api/version"), native_error),
     Route("GET", "/health", get_health),
     Route("GET", "/", get_root))
 
@@ -2319,12 +2587,15 @@ def find_route(request: Request) -> Tuple[Route, str]:
         if route.method == method:
             return route, argument
     if not found:
-        raise APIError(404, f"There is no {dumps(request.path)} here. GET / lists the endpoints.")
+        refuse_changes(request.path)
+        raise APIError(404, f"There is no {dumps(request.path)} here. GET / lists the endpoints.",
+                       origin=(404, "404 page not found"))
     if "websocket" in request.headers.get("upgrade", "").lower():  # Codex then uses POST at once
         raise APIError(426, 'WebSocket is not spoken here. Send a POST with "stream": true: '
                             "the answer is streamed as server-sent events.")
     raise APIError(405, f"{request.path} does not accept {request.method}. "
-                        f"It accepts {allowed_methods(request.path)}.")
+                        f"It accepts {allowed_methods(request.path)}.",
+                   origin=(405, "405 method not allowed"))
 
 
 def wording_for(request: Request) -> Wording:
@@ -2332,6 +2603,8 @@ def wording_for(request: Request) -> Wording:
     for route, _ in routes_for(request.path):
         if route.error:
             return route.error
+    if re.match("/+api(/|$)", without_v1(request.path)):
+        return native_error
     messages_path = re.match("/+messages", without_v1(request.path))
     anthropic = messages_path or "anthropic-version" in request.headers
     return messages_error if anthropic else openai_error
@@ -2414,8 +2687,8 @@ def bound_instead(question: Question) -> Question:
     or by text."""
     body = question.body.copy()
     del body["tools"]
-    bound = dataclasses.replace(question, body=body, tools=())
-    bind_call_or_answer(bound, question.tools, None)
+    bound = dataclasses.replace(question, body=body, tools=(), schema=None)
+    bind_call_or_answer(bound, question.tools, question.schema)
     return bound
 
 
@@ -2498,19 +2771,24 @@ def read_choice(names: Sequence[str], may_answer: bool, value: JSON) -> Event:
 def in_words(messages: Iterable[OllamaMessage]) -> List[OllamaMessage]:
     """Return the messages for a model whose template has no place for calls and their results.
     What the user says next to a result is joined to it: some templates want turns to alternate."""
-    runs = itertools.groupby(map(message_in_words, messages), operator.itemgetter("role"))
+    names = {"": "?"}
+    told = (message_in_words(message, names) for message in messages)
+    runs = itertools.groupby(told, operator.itemgetter("role"))
     return [joined(*run) for _, run in runs]
 
 
-def message_in_words(message: OllamaMessage) -> OllamaMessage:
-    """Return a call as the JSON that the model would have written, and a result as user text."""
+def message_in_words(message: OllamaMessage, names: Dict[str, str]) -> OllamaMessage:
+    """Return a call as the JSON that the model would have written, and a result as user text.
+    `names` are the tools called before, by the ids of the calls; that of "" is the last one."""
     role, text = message["role"], message["content"]
-    if role == "tool":
-        role, text = "user", RESULT.format(message["tool_name"], text)
+    if role == "tool":  # in Ollama's own API, some have no tool_name (langchain-ollama 1.1)
+        name = message.get("tool_name") or names.get(message.get("tool_call_id", ""), names[""])
+        role, text = "user", RESULT.format(name, text)
     told: List[OllamaMessage] = [{**message, "role": role, "content": text, "tool_calls": []}]
     for call in message.get("tool_calls", ()):
         function = call["function"]
-        called = {"name": function["name"], "parameters": function["arguments"]}
+        names[""] = names[call.get("id", "")] = function["name"]
+        called = {"name": function["name"], "parameters": function.get("arguments", {})}
         told.append({"role": role, "content": plain_json(called)})
     return joined(*told)
 
@@ -3018,7 +3296,11 @@ class Ollama(contextlib.ExitStack):
         body: JSON = {**asked.body, "stream": True}
         if not asked.as_is:
             body["truncate"] = False
-        response = self.ask("/api/generate" if "prompt" in body else "/api/chat", body)
+        body = self.with_window(body)
+        try:
+            response = self.ask(asked.path, body, self.fitted)
+        except PromptTooLong as error:
+            raise error if asked.as_is else self.with_numbers(error, body) from error
         # Ollama's head comes with its first token.
         self.first_at = self.first_at or time.monotonic()
         self.tools = "native" if asked.tools else "bound" if asked.decode else ""
@@ -3035,11 +3317,19 @@ class Ollama(contextlib.ExitStack):
     def learn(self, asked: Question, tokens: int) -> None:
         """Learn from Ollama's count, unless it has images in it, or a `format`: after thoughts,
         Ollama counts the prompt of that twice."""
-        if "format" not in asked.body and not images_in(asked.body):
+        if asked.amounts and "format" not in asked.body and not images_in(asked.body):
             self.rates.learn(asked.body["model"], asked.amounts, tokens)
 
     def embed(self, body: JSON) -> JSON:
-        response = self.ask("/api/embed", {**body, "truncate": False})
+        body = self.with_window({**body, "truncate": False})
+        try:
+            return self.post("/api/embed", body)
+        except PromptTooLong as error:
+            raise self.with_numbers(error, body) from error
+
+    def post(self, path: str, body: JSON) -> JSON:
+        """Return a JSON object, however long that takes."""
+        response = self.ask(path, body, dict)
         return parse_object(read_all(response, self.config.embed_bytes))
 
     def installed(self) -> List[JSON]:
@@ -3074,24 +3364,27 @@ class Ollama(contextlib.ExitStack):
         response = self.open(path, body, seconds or self.config.ask_seconds)
         return parse_object(read_all(response, self.config.line_bytes))
 
-    def ask(self, path: str, body: JSON) -> Response:
-        """Ask the model that the client named; if it is not installed, that of an alias. What is
-        not said of the context window is `--num-ctx`."""
-        if self.config.num_ctx is not None:
-            body = {**body, "options": {"num_ctx": self.config.num_ctx, **body.get("options", {})}}
-        named, origin = body["model"], None
-        for name in self.names(named)[self.missed:]:
-            body = {**body, "model": name}
+    def with_window(self, body: JSON) -> JSON:
+        """Return the body with the context window of --num-ctx, unless it has one."""
+        options = {} if body.get("options") is None else body["options"]
+        known = isinstance(options, dict) and options.get("num_ctx") is None
+        if self.config.num_ctx is None or not known:
+            return body
+        return {**body, "options": {**options, "num_ctx": self.config.num_ctx}}
+
+    def ask(self, path: str, body: JSON, fit: Callable[[JSON], JSON]) -> Response:
+        """Ask the model that the client named; if it is not installed, that of an alias. `fit`
+        makes the body fit it."""
+        origin = None
+        for name in self.names(body["model"])[self.missed:]:
             try:
-                return self.open(path, self.fitted(body))
-            except PromptTooLong as error:
-                raise self.with_numbers(error, body) from error
+                return self.open(path, fit({**body, "model": name}))
             except APIError as error:
-                if error.code != "model_not_found":
+                if error.code != "model_not_found" or not isinstance(name, str):
                     raise
                 self.missed += 1
                 origin = origin or error.origin
-        raise self.missing(named, origin)
+        raise self.missing(body["model"], origin)
 
     def fitted(self, body: JSON) -> JSON:
         """Return the body as its model can take it. Refuse images for one without vision: up to
@@ -3100,7 +3393,7 @@ class Ollama(contextlib.ExitStack):
         name = body["model"]
         if images_in(body) and "vision" not in self.abilities_of(name):
             raise APIError(400, f"model: {dumps(name)} cannot see images.", param="model")
-        if self.config.tools == "any" and "format" in body:
+        if self.config.tools == "any" and body.get("format"):
             if self.knows_tools is None and calls_in(body):
                 with contextlib.suppress(APIError):  # if nobody can say, its template may know
                     self.knows_tools = "tools" in self.abilities_of(name)
@@ -3118,6 +3411,8 @@ class Ollama(contextlib.ExitStack):
 
     def names(self, name: str) -> List[str]:
         """Return the names to try: `name`, also without ANTHROPIC, and that of its alias."""
+        if not isinstance(name, str):
+            return [name]  # for Ollama to refuse
         plain = name[len(ANTHROPIC):] if name.startswith(ANTHROPIC) else ""
         return [name, *([plain] if plain else []), *self.alias_of(name)]
 
@@ -3141,10 +3436,11 @@ class Ollama(contextlib.ExitStack):
         """Return the error with the numbers, which Ollama up to 0.29 leaves out."""
         if error.window:
             return error
-        window = body.get("options", {}).get("num_ctx")
+        name = self.names(body["model"])[self.missed]
+        window = body["options"].get("num_ctx")
         if not isinstance(window, int):
-            window = self.window_of(body["model"])
-        tokens = self.rates.tokens(body["model"], amounts_in(body))
+            window = self.window_of(name)
+        tokens = self.rates.tokens(name, amounts_in(body))
         return PromptTooLong(max(tokens, window + 1), window, error.origin)
 
     def window_of(self, name: str) -> int:
@@ -3458,7 +3754,8 @@ def weights_of(text: str) -> Dict[str, float]:
 
 
 def images_in(body: Prompt) -> int:
-    return sum(len(message.get("images", ())) for message in body.get("messages", ()))
+    in_messages = sum(len(message.get("images", ())) for message in body.get("messages", ()))
+    return in_messages + len(body.get("images") or ())
 
 
 # ---- Events of an answer -------------------------------------------------------------------------
@@ -3473,18 +3770,23 @@ def events_of(chunks: Iterator[JSON]) -> Events:
     for chunk in chunks:
         if chunk.get("error"):  # under a 200
             raise refused(200, dumps(chunk))
-        for event in parts_of(chunk):
+        parts = parts_of(chunk)
+        for event in parts:
             if held or isinstance(event, ToolCall):
                 held.append(event)
             else:
                 yield event
         if ollama_field(chunk, "done", False):
-            finish = finish_of(chunk, bool(held))
+            finish = finish_of(chunk, held, parts)
             yield from held
             yield finish
             return
     # Up to 0.32, Ollama breaks off like this after 30 equal tokens in a row.
     raise broken_answer("it ended without saying that it was done")
+
+
+TAKEN_APART = {"model", "created_at", "message", "response", "thinking", "tool_calls", "logprobs",
+               "done", "done_reason"}
 
 
 def parts_of(chunk: JSON) -> List[Event]:
@@ -3512,8 +3814,9 @@ def tool_call(value: JSON, arguments: str) -> ToolCall:
     return ToolCall(name, ollama_field(value, arguments, {}))
 
 
-def finish_of(chunk: JSON, called: bool) -> Finish:
-    """Return the Finish in the last chunk. The reasons load and unload answer no question."""
+def finish_of(chunk: JSON, held: List[Event], parts: List[Event]) -> Finish:
+    """Return the Finish in the last chunk, of which `parts` are the others. If there are calls,
+    they are `held`. The reasons load and unload answer no question."""
     reason = ollama_field(chunk, "done_reason", "") or "stop"
     if reason not in ("stop", "length"):
         raise broken_answer(f"done_reason is {dumps(reason)[:80]}")
@@ -3521,10 +3824,12 @@ def finish_of(chunk: JSON, called: bool) -> Finish:
     if "prompt_eval_cached_count" in chunk:
         cached = ollama_field(chunk, "prompt_eval_cached_count", 0)
     return Finish(
-        "tool_calls" if called and reason == "stop" else reason,
+        "tool_calls" if held and reason == "stop" else reason,
         prompt_tokens=ollama_field(chunk, "prompt_eval_count", 0),
         completion_tokens=ollama_field(chunk, "eval_count", 0),
-        cached_tokens=cached)
+        cached_tokens=cached,
+        has_calls=any(isinstance(part, ToolCall) for part in parts),
+        own={name: value for name, value in chunk.items() if name not in TAKEN_APART})
 
 
 def ollama_field(owner: JSON, name: str, otherwise: T) -> T:
@@ -3589,13 +3894,14 @@ def read_as(question: Question, events: Events, config: Config) -> Events:
         return only_counted(events)
     if question.body.get("think") is False and not question.as_is:
         events = without_thoughts(events)
-    if question.tools:
+    calls = bool(question.tools) and question.schema is None  # with a `format` there are none
+    if calls:
         events = none_lost(events)
     if question.decode:
         events = decoded(events, question, question.decode, config.json_depth)
     elif prefill_of(question.body) and not question.as_is:
         events = unrepeated(events, prefill_of(question.body))
-    if question.tools and config.tools == "any":
+    if calls and config.tools == "any":
         events = rescued(events, [tool.name for tool in question.tools], config.json_depth)
     if question.one_call:
         events = first_call(events)
@@ -4409,10 +4715,15 @@ def may_read(origin: str, config: Config) -> bool:
 
 
 def demand_key(request: Request, config: Config) -> None:
-    """Refuse a request without one of the keys, if there are any; 401."""
+    """Refuse a request without one of the keys, if there are any; 401. Go's client for Ollama knows
+    no keys, but sends the password of http://any:KEY@host (RFC 7617)."""
     authorization = request.headers.get("authorization", "")
     given = [request.headers.get("x-api-key", ""),
              re.sub("^bearer +", "", authorization, flags=re.I)]
+    if authorization[:6].lower() == "basic ":
+        with contextlib.suppress(ValueError):
+            pair = base64.b64decode(authorization[6:]).decode("latin-1")
+            given.append(pair.partition(":")[2])
     matches = [hmac.compare_digest(key.encode(), text.encode("latin-1"))
                for key in config.api_key for text in given]
     if config.api_key and not any(matches):
@@ -4532,6 +4843,8 @@ class Exchange(Client):
 
     def fail(self, error: APIError) -> None:
         """Tell the client: by an HTTP status if no frame is ready yet, else as the last frame."""
+        if self.wording is native_error:
+            error = as_ollama_said(error)
         content = self.wording(error, self.id)
         if self.status or self.pending:
             kind = self.stream_fields.get("content-type", EVENT_STREAM)
@@ -4805,8 +5118,16 @@ def tls_context(config: Config) -> Optional[ssl.SSLContext]:
 # runs. It speaks Ollama's own API as 0.32 does, and says what it is. demo-plain knows no tools.
 
 def demo_model(name: str, *abilities: str) -> JSON:
-    return {"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z",
-            "details": {"context_length": 8192}, "capabilities": ["completion", *abilities]}
+    return {"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z", "size": 1,
+            "digest": name.encode().hex(), "details": {"family": "demo", "context_length": 8192},
+            "model_info": {"general.architecture": "demo", "demo.context_length": 8192},
+            "capabilities": ["completion", *abilities]}
+
+
+def demo_end(body: JSON, words: Sequence[str], reason: str) -> JSON:
+    times = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+    return {"done": True, "done_reason": reason, **dict.fromkeys(times, 1_000_000),
+            "prompt_eval_count": len(dumps(body)) // 4, "eval_count": len(words) or 1}
 
 
 class DemoOllama(http.server.BaseHTTPRequestHandler):
@@ -4816,7 +5137,7 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         known: Dict[str, JSON] = {
-            "/api/version": {"version": "demo"},
+            "/api/version": {"version": "demo"}, "/api/ps": {"models": []},
             "/api/tags": {"models": list(self.models.values())}}
         self.send(200, [known[self.path]] if self.path in known else [])
 
@@ -4831,12 +5152,23 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
             if wanted and ability not in model["capabilities"]:
                 self.send(400, [{"error": f"{name} does not support {ability}"}])
                 return
-        lines = {"/api/show": lambda _: [model], "/api/chat": self.chat_lines,
-                 "/api/generate": self.generate_lines, "/api/embed": self.embed_lines}
-        self.send(200, lines[self.path](body))
+        answers = {"/api/show": lambda _: iter([model]), "/api/chat": self.chat_lines,
+                   "/api/generate": self.generate_lines, "/api/embed": self.embed_lines,
+                   "/api/embeddings": self.embed_lines}
+        lines = answers[self.path](body)
+        try:
+            first = next(lines)
+        except (KeyError, TypeError, AttributeError) as error:
+            self.send(400, [{"error": f"the demo does not understand this: {error!r}"}])
+        else:
+            self.send(200, itertools.chain([first], lines))
 
     def chat_lines(self, body: JSON) -> Iterator[JSON]:
         """Yield an answer word by word, or a call of the first tool if the user says "tool"."""
+        if not body.get("messages"):
+            reason = "unload" if body.get("keep_alive") == 0 else "load"
+            yield {"message": {"role": "assistant", "content": ""}, **demo_end(body, (), reason)}
+            return
         last = body["messages"][-1]
         result = last["role"] == "tool" or last["content"].startswith(RESULT.partition("{")[0])
         wanted = "tool" in last["content"].lower() and not result
@@ -4844,7 +5176,8 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
         if "format" in body:
             text = plain_json(demo_object(body["format"], text, wanted))
         words = re.findall(r"\s*\S+", text)
-        end = body["options"].get("num_predict", len(words))
+        limit = (body.get("options") or {}).get("num_predict", -1)
+        end = len(words) if limit < 0 else limit
         message: JSON = {"role": "assistant", "content": ""}
         if body.get("think"):
             yield {"message": {**message, "thinking": "What was said?"}}
@@ -4857,20 +5190,21 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
         for word in words[:end]:
             time.sleep(0.02)
             yield {"message": {**message, "content": word}, "done": False}
-        yield {"message": message, "done": True,
-               "done_reason": "stop" if end >= len(words) else "length",
-               "prompt_eval_count": len(dumps(body)) // 4,
-               "eval_count": len(words[:end]) or 1}
+        reason = "stop" if end >= len(words) else "length"
+        yield {"message": message, **demo_end(body, words[:end], reason)}
 
     def generate_lines(self, body: JSON) -> Iterator[JSON]:
-        messages = [{"role": "user", "content": body["prompt"]}]
+        prompt = body.get("prompt")
+        messages = [{"role": "user", "content": prompt}] if prompt else []
         for chunk in self.chat_lines({**body, "messages": messages}):
             yield {**chunk, "response": chunk["message"]["content"]}
 
     def embed_lines(self, body: JSON) -> Iterator[JSON]:
+        texts = list_of(body["input"]) if "input" in body else [body["prompt"]]
         vectors = [[text.count(letter) / len(text) for letter in "etaoinsr"]
-                   for text in body["input"]]
-        yield {"embeddings": vectors, "prompt_eval_count": len(dumps(body)) // 4}
+                   for text in texts if text]
+        yield {"model": body["model"], "embeddings": vectors, "embedding": (vectors or [[]])[0],
+               "prompt_eval_count": len(dumps(body)) // 4}
 
     def send(self, status: int, lines: Iterable[JSON]) -> None:
         self.send_response(status)

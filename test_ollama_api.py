@@ -512,7 +512,7 @@ def steps(text: str) -> List[Any]:
     return [CUT] if word == CUT else [json.loads(text)]
 
 
-MASKS = ((r'"(msg_|chatcmpl-|cmpl-|req_|toolu_|call_|resp_|rs_|fc_|ctc_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
+MASKS = ((r'"\d{4}-\d\d-\d\dT[^"]+Z"', '"TIME"'), (r'"(msg_|chatcmpl-|cmpl-|req_|toolu_|call_|resp_|rs_|fc_|ctc_)[0-9a-f]{24}"', r'"\1ID"'), (r'"created": \d+', '"created": 0'))
 
 
 def tokens(text: str) -> List[str]:
@@ -548,7 +548,7 @@ def without_bare(response: Dict[str, Any]) -> Dict[str, Any]:
 
 def without_repetition(text: str) -> str:
     """Leave out of each chunk what is as in the chunk before, and of a response what all have."""
-    if text.startswith("{") and json.loads(text).get("object") == "response":
+    if text.startswith('{"id": "resp_'):
         return json.dumps(without_bare(json.loads(text)))
     before: Dict[str, Any] = {}
     parts = []
@@ -577,6 +577,7 @@ def changed(now: Dict[str, Any], before: Dict[str, Any], keys: Sequence[str]) ->
 
 USER = [{"role": "user", "content": "[TEXT]"}]
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+API_CHAT, API_GENERATE = "/api/chat", "/api/generate"
 COMPLETIONS, EMBEDDINGS, RESPONSES = "/v1/completions", "/v1/embeddings", "/v1/responses"
 ANY: Dict[str, Any] = {"type": "object"}
 GO_ON = {"role": "user", "content": "Continue."}
@@ -1070,7 +1071,9 @@ def sample_of(hint: Any, level: int = 0) -> Any:
 
 
 def kind_of(value: Dict[str, Any]) -> Tuple[str, Any]:
-    return ("role", value["role"]) if "role" in value else ("type", value.get("type"))
+    if "role" in value and value.get("type", "message") == "message":
+        return "role", value["role"]
+    return "type", value.get("type")
 
 
 @functools.lru_cache(None)
@@ -4481,6 +4484,352 @@ class ResponseStreamsSDK(OpenAICase):
         self.assertGreater(len(numbers), 13)           # pings are among them
 
 
+# ---- Ollama's own API ----------------------------------------------------------------------------
+
+class NativeConversations(ServerCase):
+
+    def test_a_question_and_its_answer_pass_as_they_are(self) -> None:
+        self.conversation(r"""
+            client sends POST /api/chat
+                {"model": "think", "messages": [{"role": "user", "content": "[THINK]"}], "think": true, "logprobs": true, "shift": false,
+                 "keep_alive": "5m", "options": {"temperature": 0, "stop": ["x"], "banana": 1, "num_predict": 0}, "unknown": {"a": [null]}}
+            ollama is asked POST /api/chat
+                {"model": "think", "messages": [{"role": "user", "content": "[THINK]"}], "think": true, "logprobs": true, "shift": false,
+                 "keep_alive": "5m", "options": {"temperature": 0, "stop": ["x"], "banana": 1, "num_predict": 0}, "unknown": {"a": [null]},
+                 "stream": true}
+            ollama answers 200
+                thinking "I should"
+                {"model": "think", "created_at": "2026-11-23T21:53:17.681130968Z", "message": {"role": "assistant", "content": "x < \u2028"}, "done": false, "logprobs": [{"token": "x", "logprob": 0}]}
+                content "<think>"
+                {"model": "think", "created_at": "2026-11-23T21:53:17.681130968Z", "message": {"role": "assistant", "content": ""}, "done": true, "done_reason": "length", "total_duration": 5250019, "prompt_eval_count": 7, "prompt_eval_cached_count": 3, "eval_count": 2, "new": "x"}
+            client gets 200 application/x-ndjson
+                {"model": "think", "created_at": "2026-11-23T21:53:17Z", "message": {"role": "assistant", "content": "", "thinking": "I should"}, "done": false}
+                {"model": "think", "created_at": "2026-11-23T21:53:17Z", "message": {"role": "assistant", "content": "x < \u2028"}, "done": false, "logprobs": [{"token": "x", "logprob": 0}]}
+                {"model": "think", "created_at": "2026-11-23T21:53:17Z", "message": {"role": "assistant", "content": "<think>"}, "done": false}
+                {"model": "think", "created_at": "2026-11-23T21:53:17Z", "message": {"role": "assistant", "content": ""}, "done": true, "done_reason": "length", "total_duration": 5250019, "prompt_eval_count": 7, "prompt_eval_cached_count": 3, "eval_count": 2, "new": "x"}
+            """)
+
+    def test_a_text_is_generated_in_one_object(self) -> None:
+        self.conversation(r"""
+            client sends POST /api/generate
+                {"model": "plain", "prompt": "[TEXT]", "suffix": "x", "system": "s", "raw": false, "context": [1], "stream": false, "format": "json"}
+            ollama is asked POST /api/generate
+                {"model": "plain", "prompt": "[TEXT]", "suffix": "x", "system": "s", "raw": false, "context": [1], "stream": true, "format": {"type": "object"}}
+            ollama answers 200
+                {"model": "plain", "created_at": "2026-11-23T21:53:20.910757169Z", "response": "{\"a\":", "done": false}
+                {"model": "plain", "created_at": "2026-11-23T21:53:20.910757169Z", "response": " 1}", "thinking": "Hm.", "done": false}
+                {"model": "plain", "created_at": "2026-11-23T21:53:20.913607597Z", "response": "", "done": true, "done_reason": "stop", "context": [117, 115], "total_duration": 17753051, "eval_count": 6}
+            client gets 200 application/json
+                {"model": "plain", "created_at": "2026-11-23T21:53:20Z", "response": "{\"a\": 1}", "thinking": "Hm.", "done": true, "done_reason": "stop", "context": [117, 115], "total_duration": 17753051, "eval_count": 6}
+            """)
+
+    def test_calls_come_as_ollama_has_sent_them(self) -> None:
+        question = r"""
+            client sends POST /api/chat
+                {"model": "tools", "messages": [{"role": "user", "content": "[TWO]"}], "tools": [
+                   {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string", "title": "C"}}}}}]}
+            ollama is asked POST /api/chat
+                {"model": "tools", "messages": [{"role": "user", "content": "[TWO]"}], "tools": [
+                   {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}],
+                 "stream": true}
+            ollama answers 200
+            """
+        rendered = r"""
+                tool get_weather {"city": "Oslo"}
+                tool get_weather {"city": "Rome"}
+                {"model": "tools", "message": {"role": "assistant", "content": ""}, "done": true, "done_reason": "stop", "eval_count": 30}
+            client gets 200 application/x-ndjson
+                {"model": "tools", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": "", "tool_calls": [
+                   {"id": "call_ID", "function": {"index": 0, "name": "get_weather", "arguments": {"city": "Oslo"}}}]}, "done": false}
+                {"model": "tools", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": "", "tool_calls": [
+                   {"id": "call_ID", "function": {"index": 1, "name": "get_weather", "arguments": {"city": "Rome"}}}]}, "done": false}
+                {"model": "tools", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": ""}, "done": true, "done_reason": "stop", "eval_count": 30}
+            """
+        native = r"""
+                done stop 7 6 get_weather {"city": "Oslo"} get_weather {"city": "Rome"}
+            client gets 200 application/x-ndjson
+                {"model": "tools", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": "", "tool_calls": [
+                   {"id": "call_ID", "function": {"index": 0, "name": "get_weather", "arguments": {"city": "Oslo"}}},
+                   {"id": "call_ID", "function": {"index": 1, "name": "get_weather", "arguments": {"city": "Rome"}}}]},
+                 "done": true, "done_reason": "stop", "total_duration": 29825199, "load_duration": 4343528, "prompt_eval_count": 7,
+                 "prompt_eval_duration": 2229820, "eval_count": 6, "eval_duration": 21231105}
+            """
+        for answer in (rendered, native):
+            del self.ollama.asked[:]
+            self.conversation(question.rstrip() + answer)
+
+    def test_a_model_without_tools_has_them_here_too(self) -> None:
+        self.conversation(r"""
+            client sends POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "User", "content": "[TOOL]", "images": null}, {"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "a"}}]},
+                   {"role": "tool", "content": "5"}], "tools": [{"type": "function", "function": {"name": "a"}}]}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "user", "content": "[TOOL]"}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "a"}}]},
+                   {"role": "tool", "content": "5"}],
+                 "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "object", "properties": {}}}}], "stream": true}
+            ollama answers 400
+                {"error": "registry.ollama.ai/library/plain:latest does not support tools"}
+            ollama is asked POST /api/chat
+                {"model": "plain", "messages": [
+                   {"role": "system", "content": "Answer with a JSON object like {\"answer\": \"your text\"}, and nothing else. Only for what one of these tools is made for, call it instead: give a JSON object of its \"name\" and \"parameters\". The tools: [{\"name\": \"a\", \"description\": \"\", \"parameters\": {}}]"},
+                   {"role": "user", "content": "[TOOL]"}, {"role": "assistant", "content": "{\"name\": \"a\", \"parameters\": {}}"},
+                   {"role": "user", "content": "The tool a answered:\n5"}],
+                 "format": {"anyOf": [
+                    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+                    {"type": "object", "properties": {"name": {"const": "a"}, "parameters": {"type": "object"}}, "required": ["name", "parameters"]}]},
+                 "stream": true}
+            ollama answers 200
+                content "{\"answer\": \"It"
+                content " is 5."
+                content "\"}"
+                {"done": true, "done_reason": "stop", "eval_count": 9}
+            client gets 200 application/x-ndjson
+                {"model": "plain", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": "It"}, "done": false}
+                {"model": "plain", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": " is 5."}, "done": false}
+                {"model": "plain", "created_at": "2026-11-23T21:53:20Z", "message": {"role": "assistant", "content": ""}, "done": true, "done_reason": "stop", "eval_count": 9}
+            """)
+
+
+class Native(ServerCase):
+    TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+
+    def check_passed(self, path: str, body: Any, wanted: Any, answer: Any, status: int = 200) -> Reply:
+        """Check what Ollama is asked with, and that its one answer comes back."""
+        self.ollama.asked.clear()
+        self.ollama.queue(Script([answer], status, "application/json"))
+        reply = self.ask("POST", path, body)
+        self.assertEqual(self.ollama.asked, [(path, wanted)])
+        self.assertEqual((reply.status, reply.kind, reply.json), (status, "application/json", answer))
+        return reply
+
+    def test_what_asks_no_question_is_passed_on(self) -> None:
+        loaded = {"model": "plain", "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "load"}
+        for path, body in (
+                (API_CHAT, {"model": "plain"}), (API_CHAT, {"model": "plain", "messages": [], "keep_alive": 0}),
+                (API_GENERATE, {"model": "plain", "keep_alive": -1}), (API_GENERATE, {"model": "plain", "prompt": ""})):
+            self.check_passed(path, body, {**body, "stream": False}, loaded)
+        for path, body, answer in (
+                ("/api/embed", {"model": "plain", "input": ["a", 5], "dimensions": 4}, {"embeddings": [[0.1]]}),
+                ("/api/embeddings", {"model": "plain", "prompt": "a"}, {"embedding": [0.1]}),
+                ("/api/show", {"model": "plain", "verbose": True}, {"capabilities": ["embedding"], "x": None})):
+            self.check_passed(path, body, body, answer)
+
+    def test_what_is_malformed_is_for_ollama_to_refuse(self) -> None:
+        refusal = {"error": "json: cannot unmarshal array into Go struct field ChatRequest.messages.content of type string"}
+        for body in ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {"messages": [5]}, {"messages": 5},
+                     {"messages": USER, "options": 5}, {"messages": USER, "stream": 1}, {"messages": USER, "model": 5},
+                     {"messages": [{"role": "user", "thinking": 5}]}, {"messages": USER, "tools": [5]}, {"messages": USER, "tools": "x"},
+                     {"messages": [{"role": "tool", "tool_call_id": ["x"]}]},
+                     {"messages": [{"role": "user", "images": [5]}]},
+                     {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{}"}}]}]}):
+            body = {"model": "plain", **body}
+            stream = body.get("stream", False)
+            self.check_passed(API_CHAT, body, {**body, "stream": stream}, refusal, 400)
+        self.check_passed(API_CHAT, {"messages": USER}, {"messages": USER, "model": "", "stream": True},
+                          {"error": "model is required"}, 400)
+
+    def test_what_go_reads_is_read_here_too(self) -> None:
+        tool = {"function": {"parameters": {"type": "object", "properties": {}}}}
+        item = {"type": "array", "items": {"pattern": "(?", "minItems": 9, "maxItems": 1}}
+        for path, body, asked in (
+                (API_CHAT, {"FORMAT": {"pattern": "("}, "option\u017f": {"num_batch": 1}}, {"format": {"type": "object"}, "options": {}}),
+                (API_CHAT, {"tools": [None, {}]}, {"tools": [tool]}),
+                (API_CHAT, {"tools": [{"function": {"parameters": {"properties": {"a": item}, "$defs": {"x": item}}}}]},
+                 {"tools": [{"function": {"parameters": {
+                     "type": "object", "properties": {"a": {"type": "array", "items": {}}}}}}]}),
+                (API_CHAT, {"messages": [None, {"Content": "x"}]}, {"messages": [{"role": "", "content": "x"}]}),
+                (API_CHAT, {"messages": [{"tool_calls": [{}]}]}, {"messages": [{"role": "", "content": "", "tool_calls": [{"function": {"name": ""}}]}]}),
+                (API_CHAT, {"prompt": 5, "images": 5}, {}), (API_GENERATE, {"messages": [], "tools": [{}]}, {}),
+                (API_GENERATE, {"messages": None, "options": {"num_ctx": None}}, {"options": {"num_ctx": None}})):
+            self.ollama.asked.clear()
+            self.ollama.queue(Script([{"response": "", "message": {}, "done": True, "eval_count": 6}] if path == API_GENERATE else SKY))
+            body = {"model": "plain", "prompt": "x", "messages": USER, **body} if path == API_GENERATE else {"model": "plain", "messages": USER, **body}
+            self.assertEqual(self.ask("POST", path, body).status, 200)
+            question: Dict[str, Any] = {"prompt": "x"} if path == API_GENERATE else {"messages": USER}
+            self.assertEqual(self.ollama.asked, [(path, {"model": "plain", **question, **asked, "stream": True})])
+
+    def test_a_prompt_is_shown_as_ollama_shows_it(self) -> None:
+        body = {"model": "plain", "messages": USER, "_debug_render_only": True}
+        self.check_passed(API_CHAT, body, {**body, "stream": False}, {"done": False, "_debug_info": {"rendered_template": "x"}})
+
+    def test_errors_have_ollamas_own_text_and_status(self) -> None:
+        for status, text in ((400, '"plain" does not support thinking'), (500, 'option "stop" must be of type array'),
+                             (501, "This server does not support embeddings"), (404, "model 'plain' not found"),
+                             (503, "server busy, please try again.  maximum pending requests exceeded"),
+                             (400, NATIVE_OVERFLOW), (400, 'invalid think value: "x"'), (500, "boom")):
+            for path, stream in itertools.product((API_CHAT, API_GENERATE, "/api/embed", "/api/show"), (True, False)):
+                self.ollama.asked.clear()
+                self.ollama.queue(Script([{"error": text}], status, "application/json"))
+                reply = self.ask("POST", path, {"model": "plain", "messages": USER, "prompt": "x", "stream": stream, "think": "x"})
+                self.assertEqual((reply.status, reply.json), (status, {"error": text}))
+                self.assertEqual(len(self.ollama.asked), 1)
+
+    def test_a_broken_answer_never_looks_whole(self) -> None:
+        self.port = self.serve(line_bytes=9999).server_address[1]
+        for path, (broken, words) in itertools.product((API_CHAT, API_GENERATE), BROKEN):
+            if "done_reason" in words and path == API_GENERATE:
+                continue
+            for first, stream in itertools.product(([], [content("The")]), (True, False)):
+                self.ollama.queue(Script([content(""), *first, *broken]))
+                reply = self.ask("POST", path, {"model": "plain", "messages": USER, "prompt": "x", "stream": stream})
+                *lines, last = map(json.loads, reply.text.splitlines())
+                with self.subTest(path=path, words=words, stream=stream):
+                    self.assertEqual(reply.status, 200 if stream and first else 502)
+                    self.assertIn(words.rpartition("failed: ")[2], last["error"])
+                    self.assertFalse(any(each["done"] for each in lines))
+
+    def test_nothing_that_harms_others_reaches_ollama(self) -> None:
+        schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?i)x", "maxLength": 9}}}
+        for path in (API_CHAT, API_GENERATE):
+            for more, asked, ignored in (
+                    ({"format": schema}, {"format": {"type": "object", "properties": {"a": {"type": "string"}}}},
+                     "format.properties.a.maxLength, format.properties.a.pattern"),
+                    ({"format": "json"}, {"format": {"type": "object"}}, None), ({"format": ""}, {"format": ""}, None),
+                    ({"format": None}, {"format": None}, None), ({"format": "xml"}, {"format": "xml"}, None),
+                    ({"options": {"num_batch": 1, "seed": 2}}, {"options": {"seed": 2}}, "options.num_batch")):
+                for question in ({"messages": USER, "prompt": "x"}, {}):
+                    self.ollama.asked.clear()
+                    self.ollama.queue(Script())
+                    reply = self.ask("POST", path, {"model": "plain", **question, **more})
+                    sent = self.ollama.asked[0][1]
+                    self.assertEqual({key: sent[key] for key in asked}, asked)
+                    if question:
+                        self.assertEqual(reply.headers.get("x-ignored-fields"), ignored)
+        for form in ({"$ref": "#"}, {"properties": 5}):
+            reply = self.ask("POST", API_CHAT, {"model": "plain", "messages": USER, "format": form})
+            self.assertEqual((reply.status, reply.json["error"][:7]), (400, "format."))
+
+    def test_tools_beside_a_format_stay_with_ollama_as_far_as_it_takes_them(self) -> None:
+        body = {"model": "plain", "messages": USER, "tools": self.TOOLS, "format": WEATHER, "stream": False}
+        for text in ('{"name": "now", "arguments": {}}', ""):
+            self.ollama.queue(Script([content(text), done()]))
+            self.assertEqual(self.ask("POST", API_CHAT, body).json["message"], {"role": "assistant", "content": text})
+        for text, message in (('{"name": "now", "parameters": {}}', '"name": "now", "arguments": {}'),
+                              ('{"answer": {"city": "Bonn"}}', '"content": "{\\"city\\": \\"Bonn\\"}"')):
+            self.ollama.queue(REFUSED, Script([content(text), done()]))
+            self.assertIn(message, self.ask("POST", API_CHAT, body).text)
+            self.assertEqual(self.ollama.asked[-1][1]["format"]["anyOf"][0]["properties"]["answer"], WEATHER)
+
+    def test_the_ways_of_a_tool(self) -> None:
+        for scripts, way in (([REFUSED, Script([content('{"name": "now", "parameters": {}}'), done()])], "bound"),
+                             ([Script([done()]), Script([content('{"name": "now", "parameters": {}}'), done()])], "bound"),
+                             ([Script([content('{"name": "now", "arguments": {}}'), done()])], "rescued")):
+            for stream in (True, False):
+                self.ollama.queue(*scripts)
+                reply = self.ask("POST", API_CHAT, {"model": "plain", "messages": USER, "tools": self.TOOLS, "stream": stream})
+                calls_ = [call["function"] for line_ in map(json.loads, reply.text.splitlines())
+                          for call in line_["message"].get("tool_calls", ())]
+                self.assertEqual(calls_, [{"index": 0, "name": "now", "arguments": {}}])
+                self.assertEqual(reply.headers["x-tools"], way)
+
+    def test_aliases_and_the_window_hold(self) -> None:
+        self.port = self.serve(num_ctx=4096, alias=("gpt*=plain",)).server_address[1]
+        missing = Script([{"error": "model 'gpt-4' not found"}], 404)
+        shown = {"capabilities": ["completion"], "model_info": {"general.architecture": "llama", "llama.context_length": 8192,
+                                                                "clip.context_length": 77},
+                 "parameters": 'stop                           "<|im_end|>"\nnum_ctx                        99'}
+        for path, more, window in ((API_CHAT, {"messages": USER}, True), (API_CHAT, {}, True), (API_GENERATE, {"prompt": "x"}, True),
+                                   ("/api/embed", {"input": "x"}, True), ("/api/show", {}, False)):
+            self.ollama.asked.clear()
+            self.ollama.queue(missing, Script([{**shown, "done": True, "message": {"content": "x"}}]))
+            reply = self.ask("POST", path, {"model": "gpt-4", **more})
+            self.assertEqual([body["model"] for _, body in self.ollama.asked], ["gpt-4", "plain"])
+            self.assertEqual(self.ollama.asked[1][1].get("options"), {"num_ctx": 4096} if window else None)
+            if path == API_CHAT and more:
+                self.assertEqual(json.loads(reply.text.splitlines()[0])["model"], "gpt-4")
+        self.assertEqual(reply.json["capabilities"], ["completion", "tools"])
+        self.assertEqual(reply.json["model_info"], {"general.architecture": "llama", "llama.context_length": 77, "clip.context_length": 77})
+        self.assertEqual(reply.json["parameters"].split(), ["stop", '"<|im_end|>"', "num_ctx", "77"])
+        self.ollama.queue(missing, Script([{"error": "model 'plain' not found"}], 404))
+        reply = self.ask("POST", API_CHAT, {"model": "gpt-4", "messages": USER})
+        self.assertEqual((reply.status, reply.json), (404, {"error": "model 'gpt-4' not found"}))
+
+    def test_images_are_refused_for_a_model_that_cannot_see(self) -> None:
+        for path, body in ((API_CHAT, {"messages": [{"role": "user", "content": "", "images": ["AAAA"]}]}),
+                           (API_GENERATE, {"prompt": "x", "images": ["AAAA"]})):
+            for abilities, status in ((["vision"], 200), (["completion"], 400)):
+                self.ollama.queue(Script([{"capabilities": abilities}]), *[Script()] * (status == 200))
+                reply = self.ask("POST", path, {"model": "plain", **body})
+                self.assertEqual(reply.status, status)
+                self.assertEqual(self.ollama.scripts, [])
+        self.assertEqual(reply.json, {"error": 'model: "plain" cannot see images.'})
+
+    def test_what_copilot_asks_in_its_order(self) -> None:
+        self.assertEqual(self.ask("GET", "/api/version").json, {"version": "0.32.15"})
+        models = self.ask("GET", "/api/tags").json["models"]
+        self.assertEqual([model["model"] for model in models], ["plain:latest", "hf.co/someone/think:latest"])
+        self.assertEqual(models[1]["capabilities"], ["completion", "thinking", "tools"])
+        self.ollama.queue(Script([{"capabilities": ["completion"], "model_info": {
+            "general.architecture": "llama", "llama.context_length": 8192}}]), REFUSED, Script([content('{"answer": "Hi"}'), done()]))
+        shown = self.ask("POST", "/api/show", {"model": "plain:latest"}).json
+        self.assertIn("tools", shown["capabilities"])
+        self.assertEqual(shown["model_info"][shown["model_info"]["general.architecture"] + ".context_length"], 8192)
+        reply = self.ask("POST", CHAT, offer(CHAT, {"messages": USER}, model="plain:latest", stream=True))
+        self.assertEqual(outcome(CHAT, reply)[0], "Hi")
+
+    def test_what_changes_models_is_refused_whoever_asks(self) -> None:
+        for path, method, command in (
+                ("/api/pull", "POST", "ollama pull MODEL"), ("/api/push", "POST", "ollama push"), ("/api/create", "POST", "ollama create"),
+                ("/api/copy", "POST", "ollama cp"), ("/api/delete", "DELETE", "ollama rm MODEL"), ("/v1//api/pull/", "POST", "ollama pull"),
+                ("/api/blobs/sha256:0", "POST", "ollama create"), ("/api/blobs/sha256:0", "HEAD", "")):
+            reply = self.ask(method, path, None if method == "HEAD" else b"\0{")
+            self.assertEqual(reply.status, 403)
+            self.assertIn(command, reply.json["error"] if method != "HEAD" else "")
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_keys_and_origins_count_on_every_path(self) -> None:
+        self.port = self.serve(api_key=("secret",)).server_address[1]
+        paths = [("GET", path) for path in ("/api/version", "/api/tags", "/api/ps", "/api/none")]
+        paths += [("POST", path) for path in (API_CHAT, API_GENERATE, "/api/embed", "/api/embeddings", "/api/show", "/api/pull")]
+        for method, path in paths:
+            reply = self.ask(method, path, b"{}" if method == "POST" else None)
+            self.assertEqual((reply.status, list(reply.json)), (401, ["error"]))
+            self.assertIsInstance(reply.json["error"], str)
+            reply = self.ask(method, path, b"{}" if method == "POST" else None, authorization="Bearer secret",
+                             origin="https://evil.example")
+            self.assertEqual(reply.status, 403)
+        self.assertEqual(self.ollama.asked, [])
+
+    def test_what_is_not_there_is_told_as_ollama_tells_it(self) -> None:
+        for method, path, status, text in (
+                ("GET", "/api/none", 404, "404 page not found"), ("POST", "/api", 404, "404 page not found"),
+                ("GET", "/api/chat", 405, "405 method not allowed"), ("DELETE", "/api/tags", 405, "405 method not allowed"),
+                ("POST", "/api/chat", 400, "The body is not JSON")):
+            reply = self.ask(method, path, b"{" if method == "POST" else None)
+            self.assertEqual((reply.status, reply.kind, reply.json["error"][:len(text)]), (status, "application/json", text))
+        for method in ("GET", "HEAD"):
+            self.assertEqual(self.ask(method, "/").status, 200)
+        self.assertEqual(self.ask("GET", "/api/ps").json, PS)
+
+
+class NativeTiming(EveryDialect.Timing):
+    path = API_CHAT
+    question = {"model": "plain", "messages": USER}
+    begin = b'{"model": "plain", "created_at": "'
+    ping = b'"content": ""}, "done": false}\n'
+    error = b'}\n{"error": "boom"}\n'
+    end = b'"done": true'
+
+    def test_a_client_that_waits_two_seconds_for_the_head_gets_its_answer(self) -> None:
+        self.port = self.serve(ping=0.5).server_address[1]
+        self.ollama.queue(Script([threading.Event(), *SKY]))
+        gate = self.ollama.scripts[0].steps[0]  # type: ignore[index]
+        began = time.monotonic()
+        with self.open("POST", self.path, self.question) as stream:
+            stream.until(self.ping, 3)
+            self.assertLess(time.monotonic() - began, 2.5)
+            gate.set()
+            stream.until(self.end)
+
+
+class GenerateTiming(NativeTiming):
+    path = API_GENERATE
+    question = {"model": "plain", "prompt": "[TEXT]"}
+    ping = b'"response": "", "done": false}\n'
+
+
 # ---- Models and health ---------------------------------------------------------------------------
 
 class ModelsAndHealth(ServerCase):
@@ -4596,8 +4945,10 @@ class ModelsAndHealth(ServerCase):
 
     def test_what_codex_looks_at_is_passed_on(self) -> None:
         self.assertEqual(self.ask("GET", "/api/version").json, {"version": "0.32.15"})
-        self.assertEqual(self.ask("GET", "/api/tags").json, TAGS)
-        self.assertEqual(self.ask("POST", "/api/pull", {"model": "x"}).status, 404)
+        models = self.ask("GET", "/api/tags").json["models"]
+        self.assertEqual(models[0], TAGS["models"][0])
+        self.assertEqual(models[1], {**TAGS["models"][1], "capabilities": ["completion", "thinking", "tools"]})
+        self.assertEqual(self.ask("POST", "/api/pull", {"model": "x"}).status, 403)
         reply = self.ask("GET", "/v1/responses/resp_1")
         self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
 
@@ -6991,7 +7342,11 @@ class Keys(ServerCase):
         for headers, status in (
                 ({}, 401), ({"x_api_key": "wrong"}, 401), ({"x_api_key": ""}, 401),
                 ({"x_api_key": "first"}, 200), ({"authorization": "Bearer first"}, 200),
-                ({"authorization": "first"}, 200), ({"authorization": "bearer " + secret}, 200)):
+                ({"authorization": "first"}, 200), ({"authorization": "bearer " + secret}, 200),
+                ({"authorization": "Basic " + base64.b64encode(b"any:first").decode()}, 200),
+                ({"authorization": "Basic " + base64.b64encode("any:sch\u00f6n".encode()).decode()}, 200),
+                ({"authorization": "Basic " + base64.b64encode(b"first:").decode()}, 401),
+                ({"authorization": "Basic !"}, 401), ({"authorization": "Basic"}, 401)):
             with self.subTest(headers):
                 self.assertEqual(self.ask("GET", "/v1/models", **headers).status, status)
 
@@ -7507,6 +7862,27 @@ class Demo(ProcessCase):
             self.assertIn(b"cannot see images", error.read())
 
 
+    def test_the_demo_speaks_ollamas_own_api_through_the_server(self) -> None:
+        _, _, port = self.start("--demo")
+
+        def post(path: str, **body: Any) -> Any:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", json.dumps(
+                    {"model": "demo", **body}).encode(), PATIENCE) as reply:
+                return [json.loads(each) for each in reply]
+        *parts, end = post(API_CHAT, messages=[{"role": "user", "content": "Hi you"}], options=None)
+        self.assertTrue("".join(part["message"]["content"] for part in parts).endswith("You said: Hi you"))
+        self.assertEqual((end["done_reason"], end["eval_count"]), ("stop", 12))
+        self.assertEqual([part["response"] for part in post(API_GENERATE, prompt="x", options={"num_predict": 2})],
+                         ["This", " is", ""])
+        self.assertEqual([part["done_reason"] for path in (API_CHAT, API_GENERATE) for part in post(path)], ["load"] * 2)
+        self.assertEqual(post(API_CHAT, keep_alive=0)[0]["done_reason"], "unload")
+        self.assertEqual(len(post("/api/embed", input="ab")[0]["embeddings"]), 1)
+        self.assertEqual(post("/api/embeddings", prompt="ab")[0]["embedding"][2], 0.5)
+        self.assertEqual(post("/api/show")[0]["model_info"]["demo.context_length"], 8192)
+        with self.assertRaisesRegex(urllib.error.HTTPError, "400"):
+            post(API_CHAT, messages=5)
+
+
 # ---- Options, start and end ----------------------------------------------------------------------
 
 URLS = [
@@ -7798,6 +8174,10 @@ class ProgramCase(SDKCase):
         self.ollama.forever = self.answer
 
     def answer(self, body: Any) -> Script:
+        if "messages" not in body:  # /api/show, /api/embed
+            return Script([{"capabilities": ["completion", "tools"], "details": {"family": "llama"},
+                            "model_info": {"general.architecture": "llama", "llama.context_length": 8192},
+                            "modified_at": "2026-11-23T21:36:17.701936156Z", "embeddings": [[0.5, 1]]}])
         form = body.get("format", {})
         if form and "'answer'" not in str(form):
             return Script([content(json.dumps(example(form, form))), done()])
@@ -7935,6 +8315,115 @@ class VercelAISDK(ProgramCase):
         self.assertEqual(json.loads(process.stdout), {
             "text": "The sky is blue.", "streamed": "The sky is blue.", "tool": "It is sunny in Paris.",
             "forced": [["get_weather", {"city": "text"}]], "object": {"city": "text"}})
+
+
+@needs_program(installed("ollama"), "ollama")
+class OllamaPython(ProgramCase):
+
+    def test_text_tools_errors_and_models(self) -> None:
+        import ollama
+        client = ollama.Client(host=self.url)
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
+        self.assertEqual(client.chat("plain", USER).message.content, "The sky is blue.")
+        self.assertEqual("".join(part.message.content for part in client.chat("plain", USER, stream=True)),
+                         "The sky is blue.")
+        for self.way in WAYS:
+            asked: List[Any] = [{"role": "user", "content": "[TOOL]"}]
+            for stream in (True, False):
+                found = client.chat("plain", asked, tools=tools, stream=stream)
+                messages = [part.message for part in found] if stream else [found.message]
+                call, = [call for message in messages for call in message.tool_calls or ()]
+                self.assertEqual((call.function.name, call.function.arguments), ("get_weather", {"city": "Paris"}))
+            asked += [messages[-1], {"role": "tool", "tool_name": "get_weather", "content": "sunny"}]
+            self.assertEqual(client.chat("plain", asked, tools=tools).message.content, "It is sunny.")
+        self.assertEqual(client.show("plain").capabilities, ["completion", "tools"])
+        self.assertEqual([model.model for model in client.list().models][0], "plain:latest")
+        self.assertEqual(client.embed("plain", "x").embeddings, [[0.5, 1]])
+        self.assertEqual(client.ps().models[0].model, "plain:latest")
+        with self.assertRaisesRegex(ollama.ResponseError, "ollama pull MODEL"):
+            client.pull("plain")
+        self.ollama.forever = lambda _: Script([content("The"), {"error": "boom"}])
+        with self.assertRaisesRegex(ollama.ResponseError, "boom"):
+            list(client.chat("plain", USER, stream=True))
+        self.ollama.forever = lambda _: Script([{"error": "model 'x' not found"}], 404)
+        with self.assertRaisesRegex(ollama.ResponseError, "model 'x' not found") as caught:
+            client.generate("x", "Why?")
+        self.assertEqual(caught.exception.status_code, 404)
+
+
+@needs_program(installed("langchain_ollama"), "langchain-ollama")
+class LangChainOllama(ProgramCase):
+
+    def test_text_an_agent_and_structured_output(self) -> None:
+        from langchain.agents import create_agent
+        from langchain_ollama import ChatOllama
+
+        def get_weather(city: str) -> str:
+            """Return the weather."""
+            return f"sunny in {city}"
+        model = ChatOllama(model="plain", base_url=self.url)
+        self.assertEqual("".join(chunk.content for chunk in model.stream("Why?")), "The sky is blue.")
+        for self.way in WAYS:
+            found = create_agent(model, [get_weather]).invoke({"messages": [("user", "[TOOL]")]})
+            self.assertEqual(found["messages"][-1].content, "It is sunny in Paris.", self.way)
+        found = model.with_structured_output({"title": "Weather", **WEATHER}).invoke("Why?")
+        self.assertEqual(found, {"city": "text"})
+        self.ollama.forever = lambda _: Script([{"error": "boom"}], 500)
+        with self.assertRaisesRegex(Exception, "boom"):
+            model.invoke("Why?")
+
+
+@needs_program(installed("llama_index.llms.ollama") if installed("llama_index") else None, "llama-index-llms-ollama")
+class LlamaIndexOllama(ProgramCase):
+
+    def test_text_a_tool_and_an_error(self) -> None:
+        from llama_index.core.llms import ChatMessage
+        from llama_index.core.tools import FunctionTool
+        from llama_index.llms.ollama import Ollama
+
+        def get_weather(city: str) -> str:
+            """Return the weather."""
+            return city
+        model = Ollama(model="plain", base_url=self.url, context_window=8192)
+        self.assertEqual("".join(part.delta or "" for part in model.stream_chat([ChatMessage("Why?")])), "The sky is blue.")
+        for self.way in WAYS:
+            found = model.chat_with_tools([FunctionTool.from_defaults(get_weather)], user_msg="[TOOL]")
+            call, = model.get_tool_calls_from_response(found)
+            self.assertEqual((call.tool_name, call.tool_kwargs), ("get_weather", {"city": "Paris"}))
+        self.ollama.forever = lambda _: Script([{"error": "boom"}], 500)
+        with self.assertRaisesRegex(Exception, "boom"):
+            model.complete("Why?")
+
+
+OLLAMA_JS = r"""
+import { Ollama } from "ollama";
+const client = new Ollama({ host: process.env.URL });
+const ask = (text, more) => client.chat({ model: "plain", messages: [{ role: "user", content: text }], ...more });
+const tools = [{ type: "function", function: { name: "get_weather", parameters: JSON.parse(process.env.SCHEMA) } }];
+const found = { streamed: "" };
+for await (const part of await ask("Why?", { stream: true })) found.streamed += part.message.content;
+found.calls = (await ask("[TOOL]", { tools })).message.tool_calls.map(call => [call.function.name, call.function.arguments]);
+found.error = await client.pull({ model: "x" }).catch(error => error.message);
+console.log(JSON.stringify(found));
+"""
+
+
+@unittest.skipUnless(os.environ.get("AI_SDK") or (os.environ.get("PROGRAMS") and not os.environ.get("WITHOUT_NPM")),
+                     "AI_SDK does not name a folder that has ollama-js")
+class OllamaJS(ProgramCase):
+
+    def test_text_a_tool_and_an_error(self) -> None:
+        script = Path(os.environ["AI_SDK"], "ollama_js_test.mjs")
+        script.write_text(OLLAMA_JS, encoding="utf-8")
+        self.addCleanup(script.unlink)
+        for self.way in WAYS:
+            process = subprocess.run(
+                ["node", str(script)], capture_output=True, text=True, timeout=60,
+                env={"PATH": os.environ["PATH"], "URL": self.url, "SCHEMA": json.dumps(WEATHER)})
+            self.assertEqual(process.returncode, 0, process.stderr)
+            found = json.loads(process.stdout)
+            self.assertEqual((found["streamed"], found["calls"]), ("The sky is blue.", [["get_weather", {"city": "Paris"}]]))
+            self.assertIn("ollama pull MODEL", found["error"])
 
 
 # ---- The file itself -----------------------------------------------------------------------------
