@@ -5190,7 +5190,7 @@ def offer(path: str, body: Any, **more: Any) -> Any:
     flat = [{"name": tool["name"], "description": tool.get("description"),
              "parameters": tool["input_schema"]} for tool in TOOLS]
     tools = {MESSAGES: TOOLS, RESPONSES: [{"type": "function", **tool} for tool in flat],
-             CHAT: [{"type": "function", "function": tool} for tool in flat]}
+             **dict.fromkeys((CHAT, API_CHAT), [{"type": "function", "function": tool} for tool in flat])}
     return {**body, "tools": tools[path], **more}
 
 

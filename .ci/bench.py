@@ -33,8 +33,8 @@ from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ollama_api
-from test_ollama_api import (CHAT, COMMAND, MESSAGES, PATIENCE, USER, command_with, content, done,
-                             offer, processor_seconds, refuses)
+from test_ollama_api import (API_CHAT, CHAT, COMMAND, MESSAGES, PATIENCE, USER, command_with,
+                             content, done, offer, processor_seconds, refuses)
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
 LINE = json.dumps(content(" word")).encode() + b"\n"
@@ -362,8 +362,9 @@ def bench(seconds: float) -> int:
         command = (*command_with(max_running=2000), "--ollama", address)
         process, chat, _ = first_answer(command)
         started = [ollama, process]
-        targets = [Target("direct", lean, "/api/chat"), chat,
-                   dataclasses.replace(chat, name="messages", path=MESSAGES)]
+        targets = [Target("direct", lean, API_CHAT), chat,
+                   dataclasses.replace(chat, name="messages", path=MESSAGES),
+                   dataclasses.replace(chat, name="/api/chat", path=API_CHAT)]
         rounds = Bench(targets, seconds)
         rounds.run()
         for each in started:
