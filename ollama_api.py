@@ -17,6 +17,10 @@ Endpoints
     POST /v1/chat/completions      OpenAI Chat Completions; curl and Python's requests get a
                                    stream unless they send "stream": false
     POST /v1/responses             OpenAI Responses, for Codex
+    GET  /v1/responses/{id}        repeat a response that is stored
+    DELETE /v1/responses/{id}      forget it
+    GET  /v1/responses/{id}/input_items
+                                   list what it was made from
     POST /v1/completions           continue a text, or fill in its middle
     POST /v1/embeddings            turn texts into vectors
     GET  /v1/models                list the models that Ollama has, for both SDKs
@@ -45,6 +49,7 @@ Contents of this file, from top to bottom
     Completions and Embeddings     OpenAI's smaller endpoints
     OpenAI Responses               a dialect
     Responses as a stream          its frames
+    Stored responses               what later requests may point to
     Ollama's own API               a dialect, and what is passed on as it is
     Models and health              what Ollama has, and whether it answers
     Routes                         the product on one screen
@@ -183,6 +188,8 @@ class Config:
     ask_seconds: float = 10  # for lists, version
     show_seconds: float = 2  # for what the models of a list can do
     health_seconds: float = 2
+    stored_responses: int = 1000
+    stored_bytes: int = 64 << 20  # of JSON, as it was sent
     line_bytes: int = 32 << 20  # from Ollama
     embed_bytes: int = 256 << 20
     grace_seconds: float = 10  # after SIGTERM
@@ -299,7 +306,9 @@ class Request:
     path: str  # without the query; still quoted
     headers: Dict[str, str]
     version: str  # 1.0 or 1.1
+    query: str = ""  # still quoted
     argument: str = ""  # for {id} in Route.path
+    key: str = ""  # that it has used, if one is demanded
 
 
 @dataclass
@@ -322,6 +331,7 @@ class Context:
     def ask(self, question: Q, reply: Callable[[Q, Events], JSON],
             stream: Callable[[Q, Events], Frames], pings: Frames) -> Reply:
         """Return Ollama's answer in the dialect's words: by `reply`, or by `stream` as frames."""
+        self.body.sent = b""  # it may be large, and is not needed any more
         question.amounts = amounts_in(question.body)
         question.prompt_tokens = self.server.rates.tokens(question.body["model"], question.amounts)
         options = question.body["options"]
@@ -487,11 +497,11 @@ class Field:
 
 class Body(Field):
     """Hold the whole body of a request, the tool calls read so far, and what had no effect."""
-    __slots__ = "config", "history", "ignored"
+    __slots__ = "config", "history", "ignored", "sent"
 
-    def __init__(self, value: JSON, config: Config) -> None:
+    def __init__(self, value: JSON, config: Config, sent: bytes = b"") -> None:
         super().__init__(value, None, "")
-        self.body, self.config = self, config
+        self.body, self.config, self.sent = self, config, sent
         self.history = History()
         self.ignored: List[str] = []  # paths
 
@@ -1337,9 +1347,9 @@ def image_part(part: Field) -> Part:
 def unknown_id(field: Field, what: str) -> APIError:
     """Return the error for a field that points to what OpenAI would have stored."""
     id = field.value.get("id") if isinstance(field.value, dict) else field.value
-    hint = ", as SDKs do with store: false" if what == "Item" else ""
-    return field.invalid(f"{what} with id '{id}' not found. Nothing is kept here: send what it "
-                         f"stands for{hint}.")
+    hint = ("It may be gone: send what it stands for, as SDKs do with store: false."
+            if what == "Item" else "Nothing is kept here: send what it stands for.")
+    return field.invalid(f"{what} with id '{id}' not found. {hint}")
 
 
 # (field, its type) -> where its details stand: in an object that is named after the type in
@@ -1809,19 +1819,23 @@ def encoded(vector: Any, encoding: str) -> Union[str, List[float]]:
 
 
 # ---- OpenAI Responses ----------------------------------------------------------------------------
-# For Codex, and for the newest interface of the openai SDKs. Stateless: each request brings
-# the whole conversation. Consecutive items of the assistant become one message. The model
-# knows a tool of a namespace as "space.name", and a custom tool as one that takes a text.
+# For Codex, and for the newest interface of the openai SDKs. A request brings the conversation,
+# or points to what is stored of it. Consecutive items of the assistant become one message. The
+# model knows a tool of a namespace as "space.name", and a custom tool as one that takes a text.
 
 @dataclass
 class ResponsesQuestion(Question):
     # tool name, as the model knows it: type, name and namespace of an item that calls it
     tool_items: Dict[str, JSON] = dataclasses.field(default_factory=dict)
     echo: JSON = dataclasses.field(default_factory=dict)  # see RESPONSES_ECHO
+    keep: Callable[[JSON], None] = lambda response: None  # once it is finished
 
 
 def create_response(context: Context) -> Reply:
-    question = responses_request(context.body)
+    stored, key = context.server.stored, context.request.key
+    question = responses_request(context.body, stored.of(key))
+    if question.echo["store"]:
+        question.keep = functools.partial(stored.keep, key, context.body, context.body.sent)
     stream = ResponseStream(question)
     return context.ask(question, responses_reply,
                        lambda _, events: stream.frames(events), stream.pings())
@@ -1841,36 +1855,34 @@ RESPONSES_FIELDS = {
 RESPONSES_ECHO: JSON = {
     "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
     "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
-    "text": {"format": {"type": "text"}}, "reasoning": None}
+    "text": {"format": {"type": "text"}}, "reasoning": None, "store": True}
 
 
-def responses_request(body: Body) -> ResponsesQuestion:
-    if body.get("previous_response_id", str) is not None:  # on this, VS Code sends all again
-        id = body.value["previous_response_id"]
-        raise APIError(400, f"Previous response with id '{id}' not found.",
-                       param="previous_response_id", code="previous_response_not_found")
+def responses_request(body: Body, stored: Optional[OwnResponses] = None) -> ResponsesQuestion:
     for name in ("conversation", "prompt"):
         if body.value.get(name) is not None:
             raise unknown_id(body.at(name), name.capitalize())
     if body.get("background", bool):
         raise body.at("background").invalid(
             "must be false: an answer comes at once, or as a stream")
-    if body.get("store", bool):
-        body.at("store").ignore()
+    body.get("store", bool)
     ignore_unread(body, RESPONSES_FIELDS)
-    tools, tool_items = responses_tools(body)
+    items = responses_items(body, stored)
+    tools, tool_items = responses_tools(body, items)
     instructions = body.get("instructions", str)
     system = [message_of("system", [("content", instructions)])] if instructions else []
     options, stop = read_ollama_options(body, RESPONSES_OPTIONS)
 
     question = ResponsesQuestion(
         {"model": model_of(body), "options": options,
-         "messages": for_templates(system + responses_input(body)),
+         "messages": for_templates(system + responses_input(body, items)),
          **keep_alive_of(body), **openai_think(body)},
         stream=bool(body.get("stream", bool)), stop=stop, tool_items=tool_items,
         one_call=body.get("parallel_tool_calls", bool) is False,
         echo={name: otherwise if body.value.get(name) is None else body.value[name]
               for name, otherwise in RESPONSES_ECHO.items()})
+    if body.value.get("previous_response_id") is not None:
+        question.echo["previous_response_id"] = body.value["previous_response_id"]
     by_name = {tool_items[tool.name]["name"]: tool for tool in tools}  # without namespaces
     by_name.update({tool.name: tool for tool in tools})
     mode, tools = openai_choice(
@@ -1880,17 +1892,54 @@ def responses_request(body: Body) -> ResponsesQuestion:
     return question
 
 
-def responses_input(body: Field) -> List[OllamaMessage]:
-    """Translate `input`: a text, or items."""
+def responses_items(body: Body, stored: Optional[OwnResponses]) -> List[Field]:
+    """Return the items of the conversation: those up to the previous response, and of `input`."""
+    items: List[Field] = []
+    previous = body.get("previous_response_id", str)
+    if previous is not None:
+        known = stored.conversation(previous) if stored else None
+        if known is None:  # on this, VS Code sends all again
+            raise APIError(400, f"Previous response with id '{previous}' not found.",
+                           param="previous_response_id", code="previous_response_not_found")
+        past = Body({}, body.config)  # what it ignores was reported when it was sent
+        past.history = body.history
+        items += [Field(item, past, f"previous_response_id.{n}") for n, item in enumerate(known)]
     if isinstance(body.value.get("input"), str):
-        return [{"role": "user", "content": body.value["input"]}]
+        return [*items, Field(text_item(body.value["input"]), body, "input")]
     body.need("input", list)
-    messages: List[OllamaMessage] = []
+    known_ids = {item.value.get("id") for item in items if isinstance(item.value.get("id"), str)}
     for item in body.each("input"):
-        item_type = item.get("type", str) or ("message" if "role" in item.value else
-                                              "item_reference" if "id" in item.value else None)
-        if item_type is None:
-            raise item.at("type").invalid("is required")
+        if item_type_of(item) == "item_reference":
+            id = item.need("id", str)
+            if id in known_ids:  # refused as at OpenAI: many could be huge
+                raise item.at("id").invalid(f"Duplicate item found with id '{id}'")
+            known_ids.add(id)
+            found = stored.item(id) if stored else None
+            if found is None:
+                raise unknown_id(item.at("id"), "Item")
+            item = Field(found, item.parent, item.name)
+        items.append(item)
+    return items
+
+
+def item_type_of(item: Field) -> str:
+    """Return the type of an item: messages may leave it out, and so may references."""
+    item_type = item.get("type", str) or ("message" if "role" in item.value else None)
+    if item_type is None and "id" in item.value:
+        return "item_reference"
+    if item_type is None:
+        raise item.at("type").invalid("is required")
+    return item_type
+
+
+def text_item(text: str) -> JSON:
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+
+
+def responses_input(body: Field, items: Iterable[Field]) -> List[OllamaMessage]:
+    messages: List[OllamaMessage] = []
+    for item in items:
+        item_type = item_type_of(item)
         if item_type in FOREIGN_ITEMS:
             raise item.at("type").invalid(f"{item_type} is no item: in Responses it is "
                                           f"{FOREIGN_ITEMS[item_type]}")
@@ -1954,10 +2003,6 @@ def dropped_item(item: Field) -> Messages:
     return iter(())
 
 
-def stored_item(item: Field) -> Messages:
-    raise unknown_id(item.needed("id", str), "Item")
-
-
 def tools_item(item: Field) -> Messages:
     """Yield nothing: responses_tools reads the tools that an item brings."""
     item.need("tools", list)
@@ -1965,7 +2010,7 @@ def tools_item(item: Field) -> Messages:
 
 
 RESPONSES_ITEMS: Dict[str, Callable[[Field], Messages]] = {
-    "message": message_item, "reasoning": reasoning_item, "item_reference": stored_item,
+    "message": message_item, "reasoning": reasoning_item,
     "function_call": call_item, "function_call_output": output_item,
     "custom_tool_call": call_item, "custom_tool_call_output": output_item,
     "additional_tools": tools_item, "tool_search_output": tools_item}
@@ -1990,7 +2035,7 @@ def qualified(space: Optional[str], name: str) -> str:
     return f"{space}.{name}"
 
 
-def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
+def responses_tools(body: Field, items: List[Field]) -> Tuple[List[Tool], Dict[str, JSON]]:
     """Return the tools to offer, and the tool_items of a ResponsesQuestion."""
     tools: Dict[str, Tool] = {}  # a search brings some that are in `tools` too
     tool_items: Dict[str, JSON] = {}
@@ -2017,7 +2062,6 @@ def responses_tools(body: Field) -> Tuple[List[Tool], Dict[str, JSON]]:
             tool_items[name]["namespace"] = space
 
     read(body, "")
-    items = body.each("input") if isinstance(body.value.get("input"), list) else ()
     for item in items:
         if RESPONSES_ITEMS.get(item.get("type", str) or "") is tools_item:
             read(item, "")
@@ -2036,14 +2080,15 @@ def custom_tool(tool: Field) -> Tool:
 def responses_reply(question: ResponsesQuestion, events: Events) -> JSON:
     parts, finish = collect(events)
     output = [responses_item(question, kind, list(run)) for kind, run in runs_of(parts)]
-    return {**responses_object(question), **responses_end(output, finish)}
+    response = {**responses_object(question), **responses_end(output, finish)}
+    question.keep(response)
+    return response
 
 
 def responses_object(question: ResponsesQuestion) -> JSON:
     return {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()),
             "status": "in_progress", "model": question.body["model"], "output": [],
-            "error": None, "incomplete_details": None, "usage": None, "store": False,
-            **question.echo}
+            "error": None, "incomplete_details": None, "usage": None, **question.echo}
 
 
 def responses_end(output: List[JSON], finish: Finish) -> JSON:
@@ -2141,8 +2186,9 @@ class ResponseStream:
         output: List[JSON] = []
         for index, (kind, run) in enumerate(runs_of(events)):
             if kind is Finish:
-                end = responses_end(output, next(run))
-                yield self.next_frame(end["status"], response={**self.response, **end})
+                response = {**self.response, **responses_end(output, next(run))}
+                self.question.keep(response)  # before the client can ask for it
+                yield self.next_frame(response["status"], response=response)
             elif kind is ToolCall:
                 output.append((yield from self.call_frames(index, next(run))))
             else:
@@ -2185,6 +2231,212 @@ class ResponseStream:
         yield self.next_frame(name + ".done", **place, **{key: item[key]})
         yield self.next_frame("output_item.done", output_index=index, item=item)
         return item
+
+
+# ---- Stored responses ----------------------------------------------------------------------------
+# OpenAI keeps responses, and its clients count on that: they send an id in place of what was
+# said before. Here they are kept in memory, for the key that stored them, until the process
+# ends or there are too many. On the errors for what is gone, clients send everything again.
+
+class StoredResponse(NamedTuple):
+    id: str
+    sent: bytes  # the request
+    response: bytes
+    previous: str  # id of the response before, or ""
+    item_ids: Sequence[str]
+
+    def size(self) -> int:
+        ids = sum(300 + 4 * len(id) for id in self.item_ids)  # as they stand in memory
+        return len(self.sent) + len(self.response) + ids
+
+    def given(self) -> List[JSON]:
+        """Return the items of the request."""
+        given: Union[str, List[JSON]] = json.loads(self.sent)["input"]
+        return [text_item(given)] if isinstance(given, str) else given
+
+    def answer(self) -> JSON:
+        found: JSON = json.loads(self.response)
+        return found
+
+
+class StoredResponses:
+    """Keep responses, with their requests, up to limits. Those that were not used for the longest
+    time go first. An id alone finds nothing: it needs the owner's key too."""
+
+    def __init__(self, config: Config) -> None:
+        self.most, self.most_bytes = config.stored_responses, config.stored_bytes
+        self.lock = threading.Lock()  # guards all below
+        self.kept: Dict[Tuple[str, str], StoredResponse] = {}  # least recently used first
+        self.holders: Dict[Tuple[str, str], str] = {}  # of items: ids of their responses
+        self.size = 0
+
+    def of(self, owner: str) -> OwnResponses:
+        return OwnResponses(self, owner)
+
+    def keep(self, owner: str, body: Body, sent: bytes, response: JSON) -> None:
+        given = body.value["input"]
+        items = [*(() if isinstance(given, str) else given), *response["output"]]
+        self.add(owner, StoredResponse(
+            response["id"], sent, dumps(response).encode(),
+            body.value.get("previous_response_id") or "", tuple(by_ids(items))))
+
+    def add(self, owner: str, stored: StoredResponse) -> None:
+        if stored.size() > self.most_bytes:  # all others would go for nothing
+            return
+        with self.lock:
+            self.kept[owner, stored.id] = stored
+            self.holders.update({(owner, item_id): stored.id for item_id in stored.item_ids})
+            self.size += stored.size()
+            while self.size > self.most_bytes or len(self.kept) > self.most:
+                self.forget(*next(iter(self.kept)))
+
+    def use(self, owner: str, id: str) -> Optional[StoredResponse]:
+        """Return a response, which is now the last one to go; None if it is gone."""
+        with self.lock:
+            stored = self.kept.pop((owner, id), None)
+            if stored is not None:
+                self.kept[owner, id] = stored
+            return stored
+
+    def holder(self, owner: str, item_id: str) -> Optional[StoredResponse]:
+        """Return the response that has an item."""
+        with self.lock:
+            id = self.holders.get((owner, item_id), "")
+        return self.use(owner, id)
+
+    def remove(self, owner: str, id: str) -> bool:
+        with self.lock:
+            found = (owner, id) in self.kept
+            if found:
+                self.forget(owner, id)
+            return found
+
+    def forget(self, owner: str, id: str) -> None:
+        stored = self.kept.pop((owner, id))
+        self.size -= stored.size()
+        for item_id in stored.item_ids:
+            if self.holders.get((owner, item_id)) == id:
+                del self.holders[owner, item_id]
+
+
+class OwnResponses:
+    """Look at the stored responses of one key, for one request."""
+
+    def __init__(self, stored: StoredResponses, owner: str) -> None:
+        self.stored, self.owner = stored, owner
+        self.by_id: Dict[str, Dict[str, JSON]] = {}  # id of a response: its items by their ids
+
+    def get(self, id: str) -> StoredResponse:
+        """Return a response; 404 if it is gone."""
+        found = self.stored.use(self.owner, id)
+        if found is None:
+            raise APIError(404, f"Response with id '{id}' not found.", param="response_id")
+        return found
+
+    def conversation(self, id: str) -> Optional[List[JSON]]:
+        """Return all items up to a response; None if it, or what it builds on, is gone."""
+        chain: List[StoredResponse] = []
+        while id:
+            stored = self.stored.use(self.owner, id)
+            if stored is None:
+                return None
+            chain.append(stored)
+            id = stored.previous
+        if not chain:
+            return None
+        items: List[JSON] = []
+        for stored in reversed(chain):
+            items += [*stored.given(), *stored.answer()["output"]]
+        found = self.resolved(items)
+        return None if any(map(is_reference, found)) else found
+
+    def resolved(self, items: Iterable[JSON]) -> List[JSON]:
+        """Return items in place of references; a reference stays if its item is gone."""
+        return [(self.item(item["id"]) or item) if is_reference(item) else item for item in items]
+
+    def item(self, id: str) -> Optional[JSON]:
+        stored = self.stored.holder(self.owner, id)
+        if stored is None:
+            return None
+        if stored.id not in self.by_id:
+            self.by_id[stored.id] = by_ids([*stored.given(), *stored.answer()["output"]])
+        return self.by_id[stored.id].get(id)
+
+
+def is_reference(item: JSON) -> bool:
+    return item.get("type") == "item_reference" or not (item.get("type") or "role" in item)
+
+
+def by_ids(items: Iterable[JSON]) -> Dict[str, JSON]:
+    """Return the items that a reference can find, by their ids."""
+    return {item["id"]: item for item in items
+            if isinstance(item.get("id"), str) and not is_reference(item)}
+
+
+def get_response(context: Context) -> Reply:
+    stored = context.server.stored.of(context.request.key).get(context.request.argument)
+    if query_of(context).value.get("stream") == "true":
+        raise APIError(400, "stream: must be false: a stored response is one JSON object",
+                       param="stream")
+    return Reply(stored.answer())
+
+
+def query_of(context: Context) -> Body:
+    return Body(dict(urllib.parse.parse_qsl(context.request.query)), context.server.config)
+
+
+def delete_response(context: Context) -> Reply:
+    request = context.request
+    stored = context.server.stored.of(request.key).get(request.argument)
+    context.server.stored.remove(request.key, stored.id)
+    return Reply({"id": stored.id, "object": "response", "deleted": True})
+
+
+def list_input_items(context: Context) -> Reply:
+    """Answer with the items that a response was made from, the newest first."""
+    own = context.server.stored.of(context.request.key)
+    stored = own.get(context.request.argument)
+    items = (own.conversation(stored.previous) or []) + own.resolved(stored.given())
+    query = query_of(context)
+    shown: Dict[str, JSON] = {}
+    for n, item in enumerate(items):
+        item = shown_item(item, f"{stored.id[5:23]}{n:06x}", shown)
+        shown[item["id"]] = item
+    ids = list(shown)
+    if query.at("order").value is None or query.one_of("order", ("asc", "desc")) == "desc":
+        ids.reverse()
+    after = query.value.get("after")
+    if after is not None:
+        if after not in shown:
+            raise query.at("after").invalid("is not the id of one of the items")
+        del ids[:ids.index(after) + 1]
+    limit = query.value.get("limit", "20")
+    if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= 100:
+        raise query.at("limit").invalid("must be an integer from 1 to 100")
+    page = [shown[id] for id in ids[:int(limit)]]
+    return Reply({
+        "object": "list", "data": page, "has_more": len(page) < len(ids),
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None})
+
+
+ITEM_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
+                 "function_call_output": "fco_", "custom_tool_call": "ctc_",
+                 "custom_tool_call_output": "ctco_"}
+
+
+def shown_item(item: JSON, number: str, taken: Mapping[str, JSON]) -> JSON:
+    """Return an item with what clients may leave out when they send it. Pages need ids that
+    differ."""
+    item_type = item.get("type") or ("item_reference" if is_reference(item) else "message")
+    id = item.get("id")
+    if not id or not isinstance(id, str) or id in taken:
+        id = ITEM_PREFIXES.get(item_type, "item_") + number
+    shown = {**item, "id": id, "type": item_type}
+    if isinstance(item.get("content"), str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        shown["content"] = [{"type": part, "text": item["content"]}]
+    return shown
 
 
 # ---- Ollama's own API ----------------------------------------------------------------------------
@@ -2519,8 +2771,8 @@ def get_root(context: Context) -> Reply:
 # ---- Routes --------------------------------------------------------------------------------------
 # The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so
 # paths are compared without leading /v1 segments, however many, without a trailing slash, and
-# with any number of slashes for one. {id} is the rest of the path, unquoted: model names may
-# contain slashes. HEAD is GET.
+# with any number of slashes for one. {id} at the end is the rest of the path, unquoted: model
+# names may contain slashes. HEAD is GET.
 
 Wording = Callable[[APIError, str], JSON]  # (error, request id) -> error object
 
@@ -2539,6 +2791,9 @@ ROUTES = (
     Route("POST", "/v1/completions", create_completion, openai_error),
     Route("POST", "/v1/embeddings", create_embeddings, openai_error),
     Route("POST", "/v1/responses", create_response, openai_error),
+    Route("GET", "/v1/responses/{id}/input_items", list_input_items, openai_error),
+    Route("GET", "/v1/responses/{id}", get_response, openai_error),
+    Route("DELETE", "/v1/responses/{id}", delete_response, openai_error),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{id}", get_model),
     Route("POST", "/api/chat", native_chat, native_error),
@@ -2558,8 +2813,9 @@ def without_v1(path: str) -> str:
 
 
 def pattern_of(path: str) -> Pattern[str]:
-    plain = re.escape(without_v1(path)).replace(re.escape("{id}"), "(.+)")
-    return re.compile(plain.replace("/", "/+"))
+    """Return what matches a path, in linear time: only at its end is {id} more than one segment."""
+    plain = re.escape(without_v1(path)).replace("/", "/+").replace(r"\{id\}/", "([^/]+)/")
+    return re.compile(plain.replace(r"\{id\}", "(.+)"))
 
 
 PATTERNS = tuple((pattern_of(route.path), route) for route in ROUTES)
@@ -4570,7 +4826,8 @@ def read_head(incoming: Incoming, config: Config) -> Request:
         raise APIError(400, "The Host header is missing.")
     if authority:  # RFC 9112, 3.2.2: it overrides the Host header
         headers["host"] = authority
-    return Request(method, target.partition("?")[0], headers, version)
+    path, _, query = target.partition("?")
+    return Request(method, path, headers, version, query)
 
 
 def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:
@@ -4714,9 +4971,9 @@ def may_read(origin: str, config: Config) -> bool:
             or any(re.fullmatch(pattern, origin) for pattern in patterns))
 
 
-def demand_key(request: Request, config: Config) -> None:
-    """Refuse a request without one of the keys, if there are any; 401. Go's client for Ollama knows
-    no keys, but sends the password of http://any:KEY@host (RFC 7617)."""
+def demand_key(request: Request, config: Config) -> str:
+    """Return which of the keys a request has, "" if there are none; 401 if it has none of them.
+    Go's client for Ollama knows no keys, but sends the password in http://any:KEY@host."""
     authorization = request.headers.get("authorization", "")
     given = [request.headers.get("x-api-key", ""),
              re.sub("^bearer +", "", authorization, flags=re.I)]
@@ -4724,10 +4981,11 @@ def demand_key(request: Request, config: Config) -> None:
         with contextlib.suppress(ValueError):
             pair = base64.b64decode(authorization[6:]).decode("latin-1")
             given.append(pair.partition(":")[2])
-    matches = [hmac.compare_digest(key.encode(), text.encode("latin-1"))
-               for key in config.api_key for text in given]
-    if config.api_key and not any(matches):
+    matches = [key for key in config.api_key for text in given
+               if hmac.compare_digest(key.encode(), text.encode("latin-1"))]
+    if config.api_key and not matches:
         raise APIError(401, "The API key is missing or wrong.")
+    return matches[0] if matches else ""
 
 
 def cross_origin(request: Request) -> Dict[str, str]:
@@ -4805,7 +5063,7 @@ class Exchange(Client):
         if request.method == "OPTIONS":  # a preflight cannot carry a key
             self.write(self.begin(204, {"allow": allowed_methods(request.path)}))
             return
-        demand_key(request, self.config)
+        request.key = demand_key(request, self.config)
         route, request.argument = find_route(request)
 
         limit = self.config.max_running if route.method == "POST" else float("inf")
@@ -4831,7 +5089,7 @@ class Exchange(Client):
             raise APIError(400, f"The body is not JSON: {error}.") from error
         if not isinstance(value, dict):
             raise APIError(400, f"The body must be a JSON object, not {json_type(value)}.")
-        return Body(value, self.config)
+        return Body(value, self.config, data)
 
     def serve(self, route: Route, request: Request, body: Body) -> None:
         with Ollama(self.server, self) as self.ollama:
@@ -5024,6 +5282,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         self.tls = tls_context(config)
         self.rates = TokenRates()
+        self.stored = StoredResponses(config)
         self.connected: Set[socket.socket] = set()
         self.running = 0  # requests
         self.idle = threading.Condition()  # guards `running`; notified when it shrinks

@@ -535,7 +535,7 @@ def tokens(text: str) -> List[str]:
 
 
 BARE_RESPONSE: Dict[str, Any] = {
-    "object": "response", "error": None, "incomplete_details": None, "store": False,
+    "object": "response", "error": None, "incomplete_details": None, "store": True,
     "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
     "top_p": None, "max_output_tokens": None, "tools": [], "tool_choice": "auto",
     "text": {"format": {"type": "text"}}, "reasoning": None}
@@ -4032,7 +4032,7 @@ RESPONSES_REFUSALS = [
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id: is req"),
         ({"input": [{"type": "tool_search_output"}]}, "input.0.tools: is required"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]},
-         "input.0.id: Item with id 'msg_1' not found. Nothing is kept here"),
+         "input.0.id: Item with id 'msg_1' not found."),
         ({"input": [{"role": "user", "content": "Hi"}, {"id": "rs_1"}]},
          "input.1.id: Item with id 'rs_1' not found."),
         ({"input": [{"type": "item_reference"}]}, "input.0.id: is required"),
@@ -4099,7 +4099,7 @@ RESPONSES_IGNORED: List[Tuple[str, Any, Optional[str]]] = [
                  "store": True, "include": [], "truncation": "auto", "background": False,
                  "tools": [{"type": "web_search"}, {"type": "mcp"}], "text": {
                      "verbosity": "low"}, "reasoning": {"summary": "auto"}},
-     "include, input.0, reasoning.summary, store, text.verbosity, tools.0, tools.1, "
+     "include, input.0, reasoning.summary, text.verbosity, tools.0, tools.1, "
      "truncation")]
 
 
@@ -4482,6 +4482,245 @@ class ResponseStreamsSDK(OpenAICase):
                    for event in self.client().responses.create(**self.QUESTION, stream=True)]
         self.assertEqual(numbers, list(range(len(numbers))))
         self.assertGreater(len(numbers), 13)           # pings are among them
+
+
+# ---- Stored responses ----------------------------------------------------------------------------
+
+class StoredResponsesTests(ServerCase):
+    TOOL = {"type": "function", "name": "now", "parameters": {}}
+
+    def create(self, input: Any, *script: Any, stream: bool = False, **more: Any) -> Any:
+        """Return a response; Ollama answers with these lines."""
+        self.ollama.queue(Script([*script, done()] if script else SKY))
+        headers = {"authorization": "Bearer " + more.pop("key")} if "key" in more else {}
+        reply = self.ask("POST", RESPONSES, {"model": "plain", "input": input, "stream": stream, **more}, **headers)
+        if not stream:
+            return reply.json
+        return json.loads(reply.text.split("data: ")[-1])["response"]
+
+    def asked(self) -> Any:
+        return self.ollama.asked[-1][1]["messages"]
+
+    def gone(self, id: str, **headers: str) -> bool:
+        reply = self.ask("GET", f"{RESPONSES}/{id}", **headers)
+        self.assertIn(reply.status, (200, 404))
+        return reply.status == 404
+
+    def test_three_turns_with_a_tool_by_the_id_of_the_response_before(self) -> None:
+        for stream in (False, True):
+            first = self.create("What time is it?", thinking("Hm."), line(calls(("now", {"z": 1}))), stream=stream,
+                                tools=[self.TOOL], instructions="Be kind.")
+            call = first["output"][-1]
+            second = self.create([{"type": "function_call_output", "call_id": call["call_id"], "output": "noon"}],
+                                 content("Noon."), stream=stream, previous_response_id=first["id"], tools=[self.TOOL])
+            self.assertEqual(second["previous_response_id"], first["id"])
+            third = self.create([{"role": "user", "content": "Sure?"}], content("Yes."), stream=stream,
+                                previous_response_id=second["id"])
+            turns = [{"role": "user", "content": "What time is it?"},
+                     {**called(("call00001", "now", {"z": 1})), "thinking": "Hm."}, answered("call00001", "now", "noon"),
+                     {"role": "assistant", "content": "Noon."}, {"role": "user", "content": "Sure?"}]
+            self.assertEqual(self.asked(), turns)
+            branch = self.create("Well?", previous_response_id=second["id"])  # an earlier one, once more
+            self.assertEqual(self.asked(), [*turns[:4], {"role": "user", "content": "Well?"}])
+            self.assertEqual(self.ask("GET", f"{RESPONSES}/{third['id']}").json, third)
+            self.assertEqual(self.ask("DELETE", f"{RESPONSES}/{second['id']}").json,
+                             {"id": second["id"], "object": "response", "deleted": True})
+            for id in (third["id"], branch["id"], second["id"], "resp_0", ""):
+                reply = self.ask("POST", RESPONSES, {"input": "x", "previous_response_id": id})
+                self.assertEqual((reply.status, reply.json["error"]), (400, {
+                    "message": f"Previous response with id '{id}' not found.", "type": "invalid_request_error",
+                    "param": "previous_response_id", "code": "previous_response_not_found"}))
+            self.assertEqual(self.ask("DELETE", f"{RESPONSES}/{second['id']}").status, 404)
+
+    def test_items_are_found_by_reference(self) -> None:
+        # The Vercel AI SDK's default provider sends what the model said so, from its second turn on.
+        first = self.create([{"role": "user", "content": "Hi"}], thinking("Hm."), content("So."), line(calls(("now", {}))))
+        ids = [item["id"] for item in first["output"]]
+        call_id = first["output"][2]["call_id"]
+        for typed in (True, False):
+            references = [{**({"type": "item_reference"} if typed else {}), "id": id} for id in ids]
+            given = [{"role": "user", "content": "Hi"}, *references,
+                     {"type": "function_call_output", "call_id": call_id, "output": "9"}]
+            second = self.create(given, content("Nine."))
+            wanted = [{"role": "user", "content": "Hi"},
+                      {**called(("call00001", "now", {})), "content": "So.", "thinking": "Hm."}, answered("call00001", "now", "9")]
+            self.assertEqual(self.asked(), wanted)
+            self.create("Sure?", previous_response_id=second["id"])
+            self.assertEqual(self.asked()[:3], wanted)
+        listed = self.ask("GET", f"{RESPONSES}/{second['id']}/input_items?order=asc").json["data"]
+        self.assertEqual([item["id"] for item in listed[1:4]], ids)
+        for body in ({"input": [references[0], references[0]]},
+                     {"input": [{"role": "user", "content": "Hi"}, references[0]], "previous_response_id": first["id"]}):
+            reply = self.ask("POST", RESPONSES, body)
+            self.assertEqual((reply.status, reply.json["error"]["param"]), (400, "input.1.id"))
+            self.assertIn("Duplicate item", reply.json["error"]["message"])
+        self.ask("DELETE", f"{RESPONSES}/{first['id']}")
+        reply = self.ask("POST", RESPONSES, {"input": [{"role": "user", "content": "Hi"}, *references]})
+        self.assertEqual((reply.status, reply.json["error"]["param"]), (400, "input.1.id"))
+        self.assertIn(f"Item with id '{ids[0]}' not found.", reply.json["error"]["message"])
+        reply = self.ask("POST", RESPONSES, {"input": "Hi", "previous_response_id": second["id"]})
+        self.assertEqual(reply.json["error"]["code"], "previous_response_not_found")
+
+    def test_the_items_of_a_response_are_listed_in_pages(self) -> None:
+        first = self.create("One", content("1"))
+        second = self.create([{"role": "user", "content": f"{n}"} for n in range(5)] + [
+            {"type": "reasoning", "summary": []}, {"role": "assistant", "content": "x"}], content("2"),
+            previous_response_id=first["id"])
+        path = f"{RESPONSES}/{second['id']}/input_items"
+
+        def texts(query: str) -> Tuple[List[str], Any]:
+            page = self.ask("GET", path + query).json
+            found = [item["content"][0]["text"] if "content" in item else item["type"] for item in page["data"]]
+            self.assertEqual((page["object"], page["first_id"], page["last_id"]),
+                             ("list", *(page["data"][n]["id"] if page["data"] else None for n in (0, -1))))
+            return found, page
+        rows = ["One", "1", "0", "1", "2", "3", "4", "reasoning", "x"]
+        found, page = texts("?order=asc&include=")
+        self.assertEqual((found, page["has_more"]), (rows, False))
+        self.assertEqual([item["type"] for item in page["data"]], ["message"] * 7 + ["reasoning", "message"])
+        self.assertEqual(len({item["id"] for item in page["data"]}), 9)
+        for item in page["data"]:
+            self.assertRegex(item["id"], "^(msg|rs)_[0-9a-f]{24}$")
+        self.assertEqual(texts("")[0], rows[::-1])
+        self.assertEqual(texts("?limit=2")[0], rows[:-3:-1])
+        walked: List[str] = []
+        after = ""
+        while True:
+            found, page = texts("?limit=4&order=asc" + after)
+            walked += found
+            after = f"&after={page['last_id']}"
+            if not page["has_more"]:
+                break
+        self.assertEqual(walked, rows)
+        self.assertEqual(texts("?order=asc" + after)[0], [])
+
+    def test_what_is_not_there_and_what_cannot_be_asked(self) -> None:
+        id = self.create("One")["id"]
+        path = f"{RESPONSES}/{id}/input_items"
+        for query, name in (("?limit=0", "limit"), ("?limit=101", "limit"), ("?limit=x", "limit"),
+                            ("?order=up", "order"), ("?after=msg_0", "after")):
+            reply = self.ask("GET", path + query)
+            self.assertEqual((reply.status, reply.json["error"]["param"]), (400, name))
+        for method, end in (("GET", ""), ("GET", "/input_items"), ("DELETE", "")):
+            reply = self.ask(method, f"{RESPONSES}/resp_0{end}")
+            self.assertEqual((reply.status, reply.json["error"]["message"]), (404, "Response with id 'resp_0' not found."))
+        self.assertEqual(self.ask("POST", f"{RESPONSES}/{id}", {}).headers["allow"], "DELETE, GET, HEAD, OPTIONS")
+
+    def test_ids_of_items_may_be_odd(self) -> None:
+        odd = [5, None, "", {"a": 1}, ["x"], True, "same", "same", "same"]
+        first = self.create([{"id": id, "role": "user", "content": f"{n}"} for n, id in enumerate(odd)])
+        path = f"{RESPONSES}/{first['id']}/input_items?order=asc&limit=1"
+        walked, after = [], ""
+        for _ in odd:
+            page = self.ask("GET", path + after).json
+            walked.append(page["data"][0]["content"][0]["text"])
+            after = f"&after={page['last_id']}"
+        self.assertEqual((walked, page["has_more"]), ([f"{n}" for n in range(9)], False))
+        self.assertEqual(self.ask("GET", path + "&after=5").json["error"]["param"], "after")
+        for id in ("None", "5", "True"):  # not by the text of what is no id, again and again
+            reply = self.ask("POST", RESPONSES, {"input": [{"type": "item_reference", "id": id}]})
+            self.assertEqual((reply.status, reply.json["error"]["param"]), (400, "input.0.id"))
+        second = self.create([{"id": first["output"][0]["id"]}])
+        listed = self.ask("GET", f"{RESPONSES}/{second['id']}/input_items").json["data"]
+        self.assertEqual(listed, first["output"])
+        self.assertEqual(self.ask("GET", f"{RESPONSES}/{second['id']}?stream=true").json["error"]["param"], "stream")
+
+    def test_what_is_ignored_is_reported_once(self) -> None:
+        items = [{"role": "user", "content": [{"type": "input_text", "text": "x", "odd": n}]} for n in range(1, 90)]
+        self.ollama.queue(Script(), Script())
+        first = self.ask("POST", RESPONSES, {"input": items})
+        self.assertIn("input.0.content.0.odd", first.headers["x-ignored-fields"])
+        second = self.ask("POST", RESPONSES, {"input": items[:1], "previous_response_id": first.json["id"]})
+        self.assertEqual(second.headers["x-ignored-fields"], "input.0.content.0.odd")
+
+    def test_only_what_is_finished_and_wanted_is_kept(self) -> None:
+        kept = self.server.stored.kept
+        self.assertFalse(self.create("Hi", store=False)["store"])
+        self.ollama.queue(Script([content("The"), CUT]))
+        self.ask("POST", RESPONSES, {"input": "Hi", "stream": True})
+        self.ollama.queue(Script([{"error": "boom"}], 500))
+        self.ask("POST", RESPONSES, {"input": "Hi"})
+        for stream in (True, False):
+            script = self.ollama.queue(Script([content("The"), threading.Event()]))
+            with self.open("POST", RESPONSES, {"input": "Hi", "stream": stream}):
+                self.assertTrue(script.waits.wait(PATIENCE))
+            self.assertTrue(script.left.wait(PATIENCE))
+        self.eventually(lambda: len(LOG) == 5)
+        self.assertEqual(kept, {})
+        self.ollama.queue(Script([content("The"), done("length")]))  # max_output_tokens: an answer all the same
+        self.assertFalse(self.gone(self.ask("POST", RESPONSES, {"input": "Hi"}).json["id"]))
+        self.assertTrue(self.create("Hi", store=None)["store"])
+        self.assertEqual(len(kept), 2)
+        reply = self.ask("POST", RESPONSES, {"input": "Hi", "store": "yes"})
+        self.assertEqual((reply.status, reply.json["error"]["param"]), (400, "store"))
+
+    def test_no_key_sees_what_another_has_stored(self) -> None:
+        self.server = self.serve(api_key=("one", "two"))
+        self.port = self.server.server_address[1]
+        first = self.create("Hi", key="one")
+        item = first["output"][0]["id"]
+        for key, status in (("two", 400), ("one", 200)):
+            headers = {"authorization": "Bearer " + key}
+            self.assertEqual(self.gone(first["id"], **headers), key == "two")
+            self.assertEqual(self.ask("GET", f"{RESPONSES}/{first['id']}/input_items", x_api_key=key).status == 404, key == "two")
+            for body in ({"input": "x", "previous_response_id": first["id"]}, {"input": [{"type": "item_reference", "id": item}]}):
+                if status == 200:
+                    self.ollama.queue(Script())
+                self.assertEqual(self.ask("POST", RESPONSES, body, **headers).status, status)
+            self.assertEqual(self.ask("DELETE", f"{RESPONSES}/{first['id']}", **headers).status, 404 if key == "two" else 200)
+
+    def test_what_was_not_used_for_the_longest_time_goes_first(self) -> None:
+        self.server = self.serve(stored_responses=3)
+        self.port = self.server.server_address[1]
+        ids = [self.create(f"{n}")["id"] for n in range(3)]
+        chained = self.create("x", previous_response_id=ids[0])["id"]    # 1 goes
+        self.assertEqual([self.gone(id) for id in ids], [False, True, False])
+        item = self.ask("GET", f"{RESPONSES}/{ids[0]}").json["output"][0]["id"]
+        self.gone(chained)
+        self.create([{"id": item}])    # which uses 0: 2 goes
+        self.assertEqual([self.gone(id) for id in [*ids, chained]], [False, True, True, False])
+
+    def test_memory_has_a_limit_however_much_is_stored(self) -> None:
+        config = Config(stored_bytes=1 << 20)
+        stored = ollama_api.StoredResponses(config)
+        chance = random.Random(21)
+        for n in range(3000):
+            size = chance.choice((10, 1000, 50000))
+            stored.add(f"{n % 3}", ollama_api.StoredResponse(f"r{n}", b"x" * size, b"y" * size, "", [f"i{n % 50}", f"j{n}"]))
+            self.assertLessEqual(stored.size, config.stored_bytes)
+            self.assertIsNotNone(stored.use(f"{n % 3}", f"r{n}"))
+            if n % 7 == 0:
+                self.assertTrue(stored.remove(f"{n % 3}", f"r{n}"))
+                self.assertFalse(stored.remove(f"{n % 3}", f"r{n}"))
+        self.assertEqual(stored.size, sum(each.size() for each in stored.kept.values()))
+        self.assertLessEqual(set(stored.holders.values()), {id for _, id in stored.kept})
+        before = dict(stored.kept)
+        stored.add("a", ollama_api.StoredResponse("large", b"x" * (2 << 20), b"", "", ["i"]))
+        self.assertEqual(stored.kept, before)  # nothing went for what does not fit
+        stored.add("a", ollama_api.StoredResponse("ids", b"", b"", "", ["\U0001f600" + "x" * 300000]))  # in memory: 1.2 MB
+        self.assertEqual(stored.kept, before)
+
+
+@needs(openai, "openai")
+class StoredResponsesSDK(OpenAICase):
+
+    def test_create_stream_retrieve_delete_and_input_items(self) -> None:
+        self.ollama.forever = lambda body: Script([content(f"{len(body['messages'])}"), done()])
+        client = self.client()
+        first = client.responses.create(model="plain", input="One")
+        stream = client.responses.create(model="plain", input="Two", previous_response_id=first.id, stream=True)
+        *_, last = stream
+        second = last.response
+        self.assertEqual((second.output_text, second.previous_response_id), ("3", first.id))
+        self.assertEqual(client.responses.retrieve(second.id).output_text, "3")
+        listed = list(client.responses.input_items.list(second.id, limit=1, order="asc"))
+        self.assertEqual([item.content[0].text for item in listed], ["One", "1", "Two"])
+        client.responses.delete(first.id)
+        with self.assertRaises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+        with self.assertRaises(openai.BadRequestError) as caught:
+            client.responses.create(model="plain", input="Three", previous_response_id=second.id)
+        self.assertEqual(caught.exception.code, "previous_response_not_found")
 
 
 # ---- Ollama's own API ----------------------------------------------------------------------------
@@ -4981,6 +5220,12 @@ class ModelsAndHealth(ServerCase):
 # ---- Routes --------------------------------------------------------------------------------------
 
 class Routes(ServerCase):
+
+    def test_a_path_of_slashes_takes_linear_time(self) -> None:
+        for path in ("/" * 60000, RESPONSES + "/" * 60000 + "x", RESPONSES + "/x" + "/" * 60000 + "y", RESPONSES + "/x" * 30000):
+            start = time.process_time()
+            ollama_api.routes_for(path)
+            self.assertLess(time.process_time() - start, 1)
 
     def test_paths_that_clients_get_wrong(self) -> None:
         for path in ("/v1/v1/messages", "/messages", "/v1/messages/", "//v1/messages",
@@ -8296,25 +8541,55 @@ console.log(JSON.stringify(found));
 
 @unittest.skipUnless(os.environ.get("AI_SDK") or (os.environ.get("PROGRAMS")
                                                   and not os.environ.get("WITHOUT_NPM")),
-                     "AI_SDK does not name a folder that has the Vercel AI SDK")
-class VercelAISDK(ProgramCase):
+                     "AI_SDK does not name a folder that has what npm delivers")
+class NodeCase(ProgramCase):
+
+    def run_node(self, script: str, path: str) -> Any:
+        """Return what a script prints; it finds the server's URL and a schema in its environment."""
+        file = Path(os.environ["AI_SDK"], "ollama_api_test.mjs")
+        file.write_text(script, encoding="utf-8")
+        process = subprocess.run(
+            ["node", str(file)], capture_output=True, text=True, timeout=60,
+            env={"PATH": os.environ["PATH"], "URL": self.url + path, "SCHEMA": json.dumps(WEATHER)})
+        file.unlink()
+        self.assertEqual(process.returncode, 0, process.stderr)
+        return json.loads(process.stdout)
+
+
+class VercelAISDK(NodeCase):
 
     def test_text_stream_tools_and_structured_output(self) -> None:
         for self.way in WAYS:
             with self.subTest(way=self.way):
-                self.run_script()
+                self.assertEqual(self.run_node(AI_SDK, "/v1"), {
+                    "text": "The sky is blue.", "streamed": "The sky is blue.", "tool": "It is sunny in Paris.",
+                    "forced": [["get_weather", {"city": "text"}]], "object": {"city": "text"}})
 
-    def run_script(self) -> None:
-        script = Path(os.environ["AI_SDK"], "ollama_api_test.mjs")
-        script.write_text(AI_SDK, encoding="utf-8")
-        process = subprocess.run(
-            ["node", str(script)], capture_output=True, text=True, timeout=60,
-            env={"PATH": os.environ["PATH"], "URL": self.url + "/v1", "SCHEMA": json.dumps(WEATHER)})
-        script.unlink()
-        self.assertEqual(process.returncode, 0, process.stderr)
-        self.assertEqual(json.loads(process.stdout), {
-            "text": "The sky is blue.", "streamed": "The sky is blue.", "tool": "It is sunny in Paris.",
-            "forced": [["get_weather", {"city": "text"}]], "object": {"city": "text"}})
+
+@needs_program(installed("agents"), "openai-agents")
+class OpenAIAgents(ProgramCase):
+
+    def test_an_agent_that_sends_the_id_of_the_response_before(self) -> None:
+        import agents
+        agents.set_tracing_disabled(True)
+
+        def get_weather(city: str) -> str:
+            """Return the weather."""
+            return f"sunny in {city}"
+
+        async def talk() -> List[str]:
+            client = openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none")
+            agent = agents.Agent(name="a", tools=[agents.function_tool(get_weather)], model=agents.OpenAIResponsesModel("plain", client))
+            found, previous = [], None
+            for text in ("[TOOL]", "Why?"):
+                result = await agents.Runner.run(agent, text, previous_response_id=previous, auto_previous_response_id=True)
+                previous = result.last_response_id
+                found.append(result.final_output)
+            await client.close()
+            return found
+        self.assertEqual(asyncio.run(talk()), ["It is sunny in Paris.", "The sky is blue."])
+        roles = [message["role"] for message in self.ollama.asked[-1][1]["messages"]]
+        self.assertEqual(roles, ["user", "assistant", "tool", "assistant", "user"])
 
 
 @needs_program(installed("ollama"), "ollama")
@@ -8395,6 +8670,31 @@ class LlamaIndexOllama(ProgramCase):
             model.complete("Why?")
 
 
+STATEFUL = r"""
+import { createOpenAI } from "@ai-sdk/openai";
+import { streamText, jsonSchema, tool, stepCountIs } from "ai";
+const model = createOpenAI({ baseURL: process.env.URL, apiKey: "none" })("plain");
+const tools = { get_weather: tool({ inputSchema: jsonSchema(JSON.parse(process.env.SCHEMA)),
+                                    execute: async ({ city }) => `sunny in ${city}` }) };
+const messages = [], found = [];
+for (const content of ["[TOOL]", "Why?", "Well?"]) {
+  messages.push({ role: "user", content });
+  const answer = streamText({ model, tools, messages, stopWhen: stepCountIs(3) });
+  found.push(await answer.text);
+  messages.push(...(await answer.response).messages);
+}
+console.log(JSON.stringify(found));
+"""
+
+
+class VercelResponses(NodeCase):
+
+    def test_three_turns_that_count_on_what_is_stored(self) -> None:
+        self.assertEqual(self.run_node(STATEFUL, "/v1"), ["It is sunny in Paris.", "The sky is blue.", "The sky is blue."])
+        roles = [message["role"] for message in self.ollama.asked[-1][1]["messages"]]
+        self.assertEqual(roles, ["user", "assistant", "tool", "assistant", "user", "assistant", "user"])
+
+
 OLLAMA_JS = r"""
 import { Ollama } from "ollama";
 const client = new Ollama({ host: process.env.URL });
@@ -8408,20 +8708,11 @@ console.log(JSON.stringify(found));
 """
 
 
-@unittest.skipUnless(os.environ.get("AI_SDK") or (os.environ.get("PROGRAMS") and not os.environ.get("WITHOUT_NPM")),
-                     "AI_SDK does not name a folder that has ollama-js")
-class OllamaJS(ProgramCase):
+class OllamaJS(NodeCase):
 
     def test_text_a_tool_and_an_error(self) -> None:
-        script = Path(os.environ["AI_SDK"], "ollama_js_test.mjs")
-        script.write_text(OLLAMA_JS, encoding="utf-8")
-        self.addCleanup(script.unlink)
         for self.way in WAYS:
-            process = subprocess.run(
-                ["node", str(script)], capture_output=True, text=True, timeout=60,
-                env={"PATH": os.environ["PATH"], "URL": self.url, "SCHEMA": json.dumps(WEATHER)})
-            self.assertEqual(process.returncode, 0, process.stderr)
-            found = json.loads(process.stdout)
+            found = self.run_node(OLLAMA_JS, "")
             self.assertEqual((found["streamed"], found["calls"]), ("The sky is blue.", [["get_weather", {"city": "Paris"}]]))
             self.assertIn("ollama pull MODEL", found["error"])
 
@@ -8493,7 +8784,7 @@ class TheFile(unittest.TestCase):
     def test_manual_readme_and_routes_name_the_same_endpoints(self) -> None:
         routes = {(route.method, route.path) for route in ollama_api.ROUTES}
         for text in (ollama_api.__doc__, self.readme):
-            found = re.findall(r"(?m)^[ |`]*(GET|POST) +(/[^\s`]*)", text)
+            found = re.findall(r"(?m)^[ |`]*(GET|POST|DELETE) +(/[^\s`]*)", text)
             self.assertEqual(set(found), routes)
 
     def test_the_readme_names_the_fields_that_are_honoured_and_no_others(self) -> None:
@@ -8501,7 +8792,7 @@ class TheFile(unittest.TestCase):
         openai_fields = (ollama_api.CHAT_FIELDS | ollama_api.COMPLETIONS_FIELDS
                          | ollama_api.EMBEDDINGS_FIELDS)
         responses = ollama_api.RESPONSES_FIELDS - options
-        refused = {"previous_response_id", "conversation", "prompt", "background"}
+        refused = {"conversation", "prompt", "background"}
         for title, fields in (("Anthropic's SDK", ollama_api.MESSAGES_FIELDS),
                               ("OpenAI's SDK, and what is built on it", openai_fields),
                               ("Codex", responses - refused)):
