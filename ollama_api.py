@@ -5,6 +5,7 @@ but the standard library.
 Start it
     python ollama_api.py           serves http://127.0.0.1:8000 and asks Ollama on this machine
     python ollama_api.py --demo    needs no Ollama: a stand-in model repeats what you say
+    python ollama_api.py --check   says what Ollama and the model can do here
 
 Point a client at it (any key will do; the SDKs insist on one)
     anthropic SDK, Claude Code     base URL http://127.0.0.1:8000       key "none"
@@ -34,6 +35,7 @@ Endpoints
     GET  /api/ps                   list those that are loaded
     GET  /api/version              say which release Ollama is
     GET  /health                   200 while Ollama answers, otherwise 503
+    GET  /metrics                  figures for Prometheus
     GET  /                         name, version and endpoints
 
 Contents of this file, from top to bottom
@@ -52,6 +54,7 @@ Contents of this file, from top to bottom
     Stored responses               what later requests may point to
     Ollama's own API               a dialect, and what is passed on as it is
     Models and health              what Ollama has, and whether it answers
+    Metrics                        what the server has done
     Routes                         the product on one screen
     Tools                          which of three ways they take; all that models are told
     JSON schemas                   the part of a client's schema that is safe for Ollama
@@ -66,6 +69,7 @@ Contents of this file, from top to bottom
     Answering                      one request and its reply
     The server                     connections, limits, shutdown
     The demo                       a stand-in for Ollama
+    The check                      what Ollama and the model can do here
     Options, start and end         command line
 
 A request enters at Reading HTTP, near the end of this file. Routes names its endpoint, and the
@@ -170,6 +174,9 @@ class Config:
         False, "with no --api-key, allow an address that others can reach", action="store_true")
     demo: bool = option(False, "start a stand-in for Ollama that repeats what it is told",
                         action="store_true")
+    check: bool = option(False, "say in a minute what Ollama and the model can do here, and exit",
+                         action="store_true")
+    check_seconds: float = 60
 
     ollama_key: str = dataclasses.field(default="", repr=False)  # for an https Ollama
     head_bytes: int = 64 << 10
@@ -313,8 +320,8 @@ class Request:
 
 @dataclass
 class Reply:
-    """Hold what an endpoint gives: one JSON object, or the frames of a stream."""
-    content: Union[JSON, Frames]
+    """Hold what an endpoint gives: one JSON object, a text in bytes, or the frames of a stream."""
+    content: Union[JSON, bytes, Frames]
     status: int = 200
     content_type: str = "application/json"
     pings: Frames = iter(())  # while silent
@@ -2768,6 +2775,93 @@ def get_root(context: Context) -> Reply:
         "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
 
 
+# ---- Metrics -------------------------------------------------------------------------------------
+# What the server has done since its start, in the text format of Prometheus (0.0.4). All labels
+# are bounded: routes are those of ROUTES, and no more than a hundred models are told apart.
+
+METRICS = {
+    "requests_total": ("counter", "Requests that have ended; 499: the client left."),
+    "requests_running": ("gauge", "Requests that are being answered."),
+    "clients_left_total": ("counter", "Clients that left before the end of the answer."),
+    "prompt_tokens_total": ("counter", "Tokens of prompts."),
+    "cached_tokens_total": ("counter", "Those that came from the KV cache, where Ollama says so."),
+    "completion_tokens_total": ("counter", "Tokens of answers."),
+    "first_token_seconds": ("histogram", "Seconds from the request to the first token."),
+    "tools_total": ("counter", "Answers to requests that could call tools, by the way it took."),
+    "ollama_up": ("gauge", "Whether Ollama answered when it was asked last.")}
+FIRST_TOKEN_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, float("inf"))
+METRICS_MODELS = 100
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards all below
+        self.samples: Dict[str, Dict[str, float]] = {name: {} for name in METRICS}
+        self.models: Set[str] = set()
+        for seconds in FIRST_TOKEN_SECONDS:
+            self.add("first_token_seconds", 0, "_bucket", le=f"{seconds:g}".replace("inf", "+Inf"))
+        for suffix in ("_sum", "_count"):
+            self.add("first_token_seconds", 0, suffix)
+        self.add("clients_left_total", 0)
+
+    def add(self, name: str, value: float, suffix: str = "", **labels: str) -> None:
+        """Add to a sample. The lock is held, or nobody else knows this object."""
+        escapes = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+        texts = (f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
+        sample = suffix + (f"{{{','.join(texts)}}}" if labels else "")
+        self.samples[name][sample] = self.samples[name].get(sample, 0) + value
+
+    def set_up(self, up: bool) -> None:
+        with self.lock:
+            self.samples["ollama_up"][""] = float(up)
+
+    def count(self, exchange: Exchange) -> None:
+        """Count a request that has ended."""
+        ollama = exchange.ollama
+        with self.lock:
+            self.add("requests_total", 1, route=exchange.route, status=str(exchange.status))
+            self.add("clients_left_total", exchange.status == 499)
+            if ollama and ollama.first_at:
+                self.count_first(ollama.first_at - exchange.began)
+            if ollama and ollama.tools:
+                self.add("tools_total", 1, way=ollama.tools)
+            if ollama and ollama.finish:
+                self.count_tokens(ollama.model, ollama.finish)
+
+    def count_first(self, seconds: float) -> None:
+        for bound in FIRST_TOKEN_SECONDS:
+            label = f"{bound:g}".replace("inf", "+Inf")
+            self.add("first_token_seconds", seconds <= bound, "_bucket", le=label)
+        self.add("first_token_seconds", seconds, "_sum")
+        self.add("first_token_seconds", 1, "_count")
+
+    def count_tokens(self, model: str, finish: Finish) -> None:
+        if len(self.models) < METRICS_MODELS:
+            self.models.add(model)
+        model = model if model in self.models else "other"
+        self.add("prompt_tokens_total", finish.prompt_tokens, model=model)
+        self.add("completion_tokens_total", finish.completion_tokens, model=model)
+        if finish.cached_tokens is not None:
+            self.add("cached_tokens_total", finish.cached_tokens, model=model)
+
+    def text(self, running: int) -> str:
+        with self.lock:
+            self.samples["requests_running"][""] = running
+            lines = []
+            for name, (kind, meaning) in METRICS.items():
+                full = "ollama_api_" + name
+                lines += [f"# HELP {full} {meaning}", f"# TYPE {full} {kind}"]
+                lines += [f"{full}{sample} {value:.17g}"
+                          for sample, value in self.samples[name].items()]
+        return "\n".join(lines) + "\n"
+
+
+def get_metrics(context: Context) -> Reply:
+    server = context.server
+    text = server.metrics.text(server.running - 1)  # but for this one
+    return Reply(text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 # ---- Routes --------------------------------------------------------------------------------------
 # The product on one screen. Clients get base URLs wrong in known ways (claude-code #20416), so
 # paths are compared without leading /v1 segments, however many, without a trailing slash, and
@@ -2805,6 +2899,7 @@ ROUTES = (
     Route("GET", "/api/ps", native_get("/api/ps"), native_error),
     Route("GET", "/api/version", native_get("/api/version"), native_error),
     Route("GET", "/health", get_health),
+    Route("GET", "/metrics", get_metrics),
     Route("GET", "/", get_root))
 
 
@@ -3503,12 +3598,14 @@ class Ollama(contextlib.ExitStack):
     def __init__(self, server: Server, client: Client) -> None:
         super().__init__()
         self.config, self.rates, self.client = server.config, server.rates, client
-        self.first_at = 0.0  # of the first token
+        self.metrics = server.metrics
+        self.first_at: float = 0.0  # of the first token
         self.finish: Optional[Finish] = None  # how it ended, for the log
-        self.tools = ""  # the way that they took: native, bound or rescued
+        self.tools: str = ""  # the way that they took: native, bound or rescued
         self.knows_tools: Optional[bool] = None  # the model that is asked; None: not known yet
         self.abilities: Dict[str, List[Any]] = {}  # of models
         self.missed = 0  # how many of the names to try are not installed
+        self.model: str = ""  # that has answered
 
     def events(self, asked: Question) -> Events:
         """Yield the events of the answer. Where there is a remedy for an error, ask in another
@@ -3634,7 +3731,9 @@ class Ollama(contextlib.ExitStack):
         origin = None
         for name in self.names(body["model"])[self.missed:]:
             try:
-                return self.open(path, fit({**body, "model": name}))
+                response = self.open(path, fit({**body, "model": name}))
+                self.model = tagged(name)
+                return response
             except APIError as error:
                 if error.code != "model_not_found" or not isinstance(name, str):
                     raise
@@ -3727,12 +3826,14 @@ class Ollama(contextlib.ExitStack):
             response: Response = OPENER.open(
                 request, timeout=min(seconds, self.config.connect_seconds))
         except urllib.error.URLError as error:
+            self.metrics.set_up(False)
             raise APIError(
                 503, f"Ollama does not answer at {url} ({error.reason}). Start it with `ollama "
                      "serve`, or say where it is with --ollama or OLLAMA_HOST.") from error
         except (OSError, http.client.HTTPException) as error:
             raise broken_answer(error) from error
 
+        self.metrics.set_up(True)
         self.callback(response.close)  # runs before upstream.close, or Python 3.13 complains
         if response.status != 200:
             text = read_all(response, self.config.line_bytes).decode("utf-8", "replace")
@@ -5016,12 +5117,14 @@ class Exchange(Client):
         self.server, self.config, self.incoming = server, server.config, incoming
         self.sock: socket.socket = incoming.sock
         self.id = new_id("req_")
-        self.began = self.quiet_since = time.monotonic()
+        self.began: float = time.monotonic()
+        self.quiet_since = self.began
         self.request: Optional[Request] = None  # None until its head has been read
         self.body: Optional[Body] = None  # None until it has been read
         self.body_pending = True  # still to come
         self.wording: Wording = openai_error
-        self.status = 0  # 0: not sent yet
+        self.route: str = "none"  # as in ROUTES
+        self.status: int = 0  # 0: not sent yet
         self.extra: Dict[str, str] = {}  # header fields of the reply
         self.stream_fields: Dict[str, str] = {}  # more of them, once the reply is a stream
         self.pings: Iterator[bytes] = iter(())
@@ -5036,6 +5139,7 @@ class Exchange(Client):
                 self.attempt()
             except ClientLeft:
                 self.status, self.body_pending = 499, True
+            self.server.metrics.count(self)
             log(self.summary())
         if self.body_pending:
             linger(self.sock, self.config)
@@ -5065,6 +5169,7 @@ class Exchange(Client):
             return
         request.key = demand_key(request, self.config)
         route, request.argument = find_route(request)
+        self.route = f"{route.method} {route.path}"
 
         limit = self.config.max_running if route.method == "POST" else float("inf")
         self.counted.enter_context(self.server.count_request(limit))
@@ -5094,8 +5199,8 @@ class Exchange(Client):
     def serve(self, route: Route, request: Request, body: Body) -> None:
         with Ollama(self.server, self) as self.ollama:
             reply = route.endpoint(Context(request, body, self.ollama, self.server))
-            if isinstance(reply.content, dict):
-                self.send_json(reply)
+            if isinstance(reply.content, (dict, bytes)):
+                self.send_whole(reply)
             else:
                 self.send_stream(reply, request.version != "1.0")
 
@@ -5117,10 +5222,12 @@ class Exchange(Client):
             self.extra["allow"] = allowed_methods(self.request.path)
         if error.status == 426:  # RFC 9110, 15.5.22 and 7.8
             self.extra.update(upgrade="HTTP/1.1", connection="upgrade")
-        self.send_json(Reply(content, error.status))
+        self.send_whole(Reply(content, error.status))
 
-    def send_json(self, reply: Reply) -> None:
-        data = (dumps(reply.content) + "\n").encode()
+    def send_whole(self, reply: Reply) -> None:
+        data = reply.content
+        if not isinstance(data, bytes):
+            data = json_line(cast(JSON, data))
         head = self.begin(reply.status, {
             "content-type": reply.content_type, "content-length": str(len(data))})
         if self.request and self.request.method == "HEAD":
@@ -5134,8 +5241,8 @@ class Exchange(Client):
         self.stream_fields = {"content-type": reply.content_type, "cache-control": "no-cache"}
         if chunked:
             self.stream_fields["transfer-encoding"] = "chunked"
-        for frame in reply.content:
-            self.pending.append(frame)  # type: ignore[arg-type]
+        for frame in cast(Frames, reply.content):
+            self.pending.append(frame)
             if len(self.pending) >= 256:
                 self.flush()
         self.send_pending(end=True)
@@ -5213,7 +5320,10 @@ class Exchange(Client):
         if ollama and ollama.finish:
             tokens = ollama.finish.completion_tokens
             rate = tokens / max(now - ollama.first_at, 1e-3)
-            words.append(f"in={ollama.finish.prompt_tokens} out={tokens} {rate:.1f}/s")
+            words.append(f"in={ollama.finish.prompt_tokens}")
+            if ollama.finish.cached_tokens is not None:
+                words.append(f"cached={ollama.finish.cached_tokens}")
+            words.append(f"out={tokens} {rate:.1f}/s")
         if ollama and ollama.tools:
             words.append("tools=" + ollama.tools)
         return " ".join([*words, f"total={now - self.began:.2f}s"])
@@ -5283,6 +5393,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls = tls_context(config)
         self.rates = TokenRates()
         self.stored = StoredResponses(config)
+        self.metrics = Metrics()
         self.connected: Set[socket.socket] = set()
         self.running = 0  # requests
         self.idle = threading.Condition()  # guards `running`; notified when it shrinks
@@ -5378,7 +5489,8 @@ def tls_context(config: Config) -> Optional[ssl.SSLContext]:
 
 def demo_model(name: str, *abilities: str) -> JSON:
     return {"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z", "size": 1,
-            "digest": name.encode().hex(), "details": {"family": "demo", "context_length": 8192},
+            "digest": name.encode().hex(), "context_length": 8192,
+            "details": {"family": "demo", "context_length": 8192},
             "model_info": {"general.architecture": "demo", "demo.context_length": 8192},
             "capabilities": ["completion", *abilities]}
 
@@ -5396,7 +5508,8 @@ class DemoOllama(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         known: Dict[str, JSON] = {
-            "/api/version": {"version": "demo"}, "/api/ps": {"models": []},
+            "/api/version": {"version": "demo"}, "/api/ps": {"models": [
+                {**model, "size_vram": 0} for model in self.models.values()]},
             "/api/tags": {"models": list(self.models.values())}}
         self.send(200, [known[self.path]] if self.path in known else [])
 
@@ -5512,6 +5625,151 @@ def start_demo(config: Config) -> Config:
     threading.Thread(target=demo.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{demo.server_port}"
     return dataclasses.replace(config, ollama=url, alias=(*config.alias, "*=demo"))
+
+
+# ---- The check -----------------------------------------------------------------------------------
+# `--check` asks the Ollama behind the server, through the server itself, and says in a dozen
+# lines what it saw. What fails names its remedy, and ends the check with exit status 1.
+
+AGENT_WINDOW = 16384  # tokens that Claude Code and Codex need at least
+CHECK_TOOL: JSON = {"type": "function", "function": {
+    "name": "get_time", "description": "Tell what time it is in a city.", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+# To be pasted: {url} of the server, {model}, {window}.
+CHECK_LINES = """
+Claude Code  ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none ANTHROPIC_MODEL={model} \
+CLAUDE_CODE_MAX_CONTEXT_TOKENS={window} claude
+Codex        codex -m {model} -c model_provider=local -c 'model_providers.local={{name="local", \
+base_url="{url}/v1", wire_api="responses"}}'
+VS Code      "github.copilot.chat.byok.ollamaEndpoint": "{url}"
+Python       anthropic.Anthropic(base_url="{url}", api_key="none")
+Python       openai.OpenAI(base_url="{url}/v1", api_key="none")"""
+
+
+class CheckFailed(Exception):
+    """End the check; the text says what failed, and its remedy."""
+
+
+class Check:
+    """Ask a server what it can do. Each step yields the pieces of its line, once they are known."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.config = config = server.config
+        self.give_up = time.monotonic() + config.check_seconds
+        self.model, self.window = config.model, 0
+
+    def ask(self, path: str, body: Optional[JSON] = None) -> Response:
+        method, data = ("GET", None) if body is None else ("POST", dumps(body).encode())
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_address[1],
+                                                timeout=10)
+        connection.request(method, path, data)
+        response = connection.getresponse()
+        if response.status != 200:
+            found = json.loads(response.read())
+            error = found.get("error", found)
+            raise CheckFailed(error["message"] if isinstance(error, dict) else error)
+        return response
+
+    def get(self, path: str) -> JSON:
+        found: JSON = json.loads(self.ask(path).read())
+        return found
+
+    def chat(self, text: str, **more: Any) -> Generator[str, None, List[Tuple[float, JSON]]]:
+        """Ask the model. Yield a dot for each ping; return the chunks, each with its time."""
+        body = {"model": self.model, "stream": True, "reasoning_effort": "none",
+                "stream_options": {"include_usage": True},
+                "messages": [{"role": "user", "content": text}], **more}
+        chunks: List[Tuple[float, JSON]] = []
+        with self.ask("/v1/chat/completions", body) as response:
+            self.way = response.headers.get("x-tools", "")
+            for line in response:
+                if line.startswith(b": ping"):
+                    yield "waiting ... "
+                chunk = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+                if "error" in chunk:
+                    raise CheckFailed(chunk["error"]["message"])
+                if chunk:
+                    chunks.append((time.monotonic(), chunk))
+                if time.monotonic() > self.give_up:
+                    break
+        if len(chunks) < 2:
+            raise CheckFailed(
+                f"no token within {self.config.check_seconds:g} s. The model is still being "
+                "loaded, or too large for this machine (`ollama ps` says): try again, or take a "
+                "smaller one.")
+        return chunks
+
+    def ollama(self) -> Iterator[str]:
+        found = self.get("/health")
+        yield f"{found['version']} at {found['ollama']}"
+
+    def models(self) -> Iterator[str]:
+        models = self.get("/v1/models")["data"]
+        if not models:
+            raise CheckFailed("none is installed: ollama pull phi4")
+        yield "; ".join(" ".join([model["id"], *model.get("capabilities", ())]) for model in models)
+        names = {tagged(model["id"]) for model in models}
+        if tagged(self.model) not in names and not self.config.alias:
+            self.model = models[0]["id"]
+            yield f" (there is no {self.config.model}: trying {self.model})"
+
+    def answer(self) -> Iterator[str]:
+        began = time.monotonic()
+        chunks = yield from self.chat("Count from 1 to 30.", max_tokens=64)
+        first, last = chunks[1][0], chunks[-1][0]
+        usage = chunks[-1][1].get("usage") or {"completion_tokens": len(chunks)}
+        rate = usage["completion_tokens"] / max(last - first, 1e-3)
+        yield f"first token after {first - began:.1f} s, then {rate:.1f} tokens/s"
+
+    def memory(self) -> Iterator[str]:
+        with Ollama(self.server, Client()) as ollama:
+            names = ollama.names(self.model)
+        loaded = [model for model in self.get("/api/ps")["models"]
+                  if any(is_named(model, name) for name in names)]
+        if not loaded:
+            yield "Ollama does not say where the model is"
+            return
+        share = 100 * loaded[0].get("size_vram", 0) / (loaded[0].get("size") or 1)
+        self.window = loaded[0].get("context_length", 0)
+        yield f"{share:.0f} % of the model are on the GPU"
+
+    def context(self) -> Iterator[str]:
+        self.window = self.window or self.config.num_ctx or 4096
+        yield f"{self.window} tokens"
+        if self.window < AGENT_WINDOW:
+            yield ": too few for Claude Code and Codex; start with --num-ctx 32768"
+
+    def tools(self) -> Iterator[str]:
+        chunks = yield from self.chat("What time is it in Paris? Call the tool.", max_tokens=200,
+                                      tools=[CHECK_TOOL])
+        deltas = [choice["delta"] for _, chunk in chunks for choice in chunk["choices"]]
+        called = any("tool_calls" in delta for delta in deltas)
+        yield f"a call came back ({self.way})" if called else (
+            "no call came back: for an agent, take a model that was made for tools")
+
+
+def check(config: Config) -> int:
+    """Print what Ollama and the model can do here. Return the exit status."""
+    url = f"http://127.0.0.1:{config.port}"
+    config = dataclasses.replace(config, host="127.0.0.1", port=0, api_key=(), tls_cert="", ping=2)
+    server = Server(config)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stderr = None  # type: ignore[assignment]  # the log would come between the lines
+    asker = Check(server)
+    for title, step in (("Ollama", asker.ollama), ("models", asker.models),
+                        ("answer", asker.answer), ("GPU", asker.memory),
+                        ("window", asker.context), ("tools", asker.tools)):
+        print(f"{title:<12} ", end="", flush=True)
+        try:
+            for piece in step():
+                print(piece, end="", flush=True)
+        except (CheckFailed, OSError) as failed:
+            print(f" FAILED: {failed}", flush=True)
+            return 1
+        print(flush=True)
+    print(CHECK_LINES.format(url=url, model=asker.model, window=asker.window))
+    return 0
 
 
 # ---- Options, start and end ----------------------------------------------------------------------
@@ -5668,6 +5926,8 @@ def main() -> int:
     allow_many_sockets()
     if config.demo:
         config = start_demo(config)
+    if config.check:
+        return check(config)
     try:
         server = Server(config)
     except OSError as error:

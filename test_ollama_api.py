@@ -3,8 +3,6 @@
 
     python test_ollama_api.py                 all tests; those of clients where they are installed
     python test_ollama_api.py NAME ...        some of them, as unittest names them
-    python test_ollama_api.py --live [URL [MODEL]]
-                                              three checks of a running server with a real Ollama
 
 No Ollama is needed. A scripted one answers with lines as real releases (0.12.11 to 0.32.15) send
 them. Most tests are conversations: what a client sends, what Ollama is asked, what Ollama answers,
@@ -5217,6 +5215,86 @@ class ModelsAndHealth(ServerCase):
         self.assertTrue(script.left.wait(PATIENCE))
 
 
+# ---- Metrics -------------------------------------------------------------------------------------
+
+class MetricsTests(ServerCase):
+
+    def samples(self) -> Dict[str, float]:
+        reply = self.ask("GET", "/metrics")
+        self.assertEqual((reply.status, reply.headers["content-type"]),
+                         (200, "text/plain; version=0.0.4; charset=utf-8"))
+        rows = [row.rpartition(" ") for row in reply.text.splitlines() if not row.startswith("#")]
+        return {name.replace("ollama_api_", ""): float(value) for name, _, value in rows}
+
+    def changes(self, before: Dict[str, float]) -> Dict[str, float]:
+        return {name: value - before.get(name, 0) for name, value in self.samples().items()
+                if value != before.get(name, 0) and "seconds" not in name and "/metrics" not in name}
+
+    def test_requests_tokens_and_tools_are_counted(self) -> None:
+        before = self.samples()
+        self.ollama.queue(Script([*SKY[:-1], {**done("stop", 9, 6), "prompt_eval_cached_count": 4}]))
+        self.ask("POST", MESSAGES, {"model": "Plain", "messages": USER})
+        self.ollama.queue(REFUSED, Script([content('{"answer": "x"}'), done()]))
+        self.ask("POST", CHAT, offer(CHAT, {"messages": USER}, model="plain:latest"))
+        self.ask("POST", CHAT, {"messages": 5})
+        self.ask("GET", "/nothing/here")
+        self.eventually(lambda: len(LOG) == 5)
+        self.assertIn(" in=9 cached=4 out=6 ", LOG[1])
+        self.assertEqual(self.changes(before), {
+            'requests_total{route="POST /v1/messages",status="200"}': 1,
+            'requests_total{route="POST /v1/chat/completions",status="200"}': 1,
+            'requests_total{route="POST /v1/chat/completions",status="400"}': 1,
+            'requests_total{route="none",status="404"}': 1, 'tools_total{way="bound"}': 1,
+            'prompt_tokens_total{model="plain:latest"}': 16, 'cached_tokens_total{model="plain:latest"}': 4,
+            'completion_tokens_total{model="plain:latest"}': 12, "ollama_up": 1})
+        after = self.samples()
+        self.assertEqual(after["first_token_seconds_count"], 2)
+        self.assertEqual(after['first_token_seconds_bucket{le="+Inf"}'], 2)
+        self.assertLessEqual(after['first_token_seconds_bucket{le="0.1"}'], 2)
+        self.assertGreater(after["first_token_seconds_sum"], 0)
+
+    def test_clients_that_leave_and_an_ollama_that_is_gone_are_seen(self) -> None:
+        script = self.ollama.queue(Script([threading.Event()]))
+        with self.open("POST", CHAT, {"messages": USER}):
+            self.assertTrue(script.waits.wait(PATIENCE))
+            self.assertEqual(self.samples()["requests_running"], 1)
+        self.eventually(lambda: self.samples()["clients_left_total"] == 1)
+        self.assertEqual(self.samples()["requests_running"], 0)
+        self.ask("GET", "/health")
+        self.assertEqual(self.samples()["ollama_up"], 1)
+        self.ollama.shutdown()
+        self.ollama.server_close()
+        self.ask("GET", "/health")
+        self.assertEqual(self.samples()["ollama_up"], 0)
+
+    def test_ten_thousand_names_of_models_are_no_more_than_a_hundred(self) -> None:
+        metrics = ollama_api.Metrics()
+        for n in range(10000):
+            metrics.count_tokens(f'm{n}"\\\n', Finish("stop", 2, 1))
+        text = metrics.text(0)
+        self.assertIn('ollama_api_prompt_tokens_total{model="m0\\"\\\\\\n"} 2\n', text)
+        self.assertEqual(len(re.findall("prompt_tokens_total{", text)), 101)
+        self.assertIn('ollama_api_prompt_tokens_total{model="other"} 19800\n', text)
+
+    def test_a_key_is_demanded(self) -> None:
+        self.port = self.serve(api_key=("k",)).server_address[1]
+        self.assertEqual(self.ask("GET", "/metrics").status, 401)
+        self.assertEqual(self.ask("GET", "/metrics", x_api_key="k").status, 200)
+
+    @unittest.skipUnless(importlib.util.find_spec("prometheus_client") or os.environ.get("PROGRAMS"),
+                         "prometheus_client is not installed")
+    def test_prometheus_itself_reads_it(self) -> None:
+        from prometheus_client.parser import text_string_to_metric_families
+        self.ollama.queue(Script())
+        self.ask("POST", CHAT, {"messages": USER})
+        families = {family.name: family for family in text_string_to_metric_families(self.ask("GET", "/metrics").text)}
+        self.assertEqual({name.replace("ollama_api_", "") for name in families},
+                         {name.replace("_total", "") for name in ollama_api.METRICS})
+        for name, (kind, meaning) in ollama_api.METRICS.items():
+            family = families["ollama_api_" + name.replace("_total", "")]
+            self.assertEqual((family.type, family.documentation), (kind, meaning))
+
+
 # ---- Routes --------------------------------------------------------------------------------------
 
 class Routes(ServerCase):
@@ -8128,6 +8206,74 @@ class Demo(ProcessCase):
             post(API_CHAT, messages=5)
 
 
+# ---- The check -----------------------------------------------------------------------------------
+
+class CheckTests(ServerCase):
+
+    def check(self, **settings: Any) -> Tuple[int, List[str]]:
+        config = Config(ollama=self.ollama.url, check_seconds=0.5, **settings)
+        stdout = io.StringIO()
+        with mock.patch.object(sys, "stdout", stdout), mock.patch.object(sys, "stderr", None):
+            status = ollama_api.check(config)
+        return status, stdout.getvalue().splitlines()
+
+    def answer(self, body: Any) -> Script:
+        if "messages" not in body:
+            return Script([{"capabilities": ["completion"]}])
+        if body.get("think"):
+            return Script([{"error": "does not support thinking"}], 400)
+        return said_by(self.way, body, ("get_time", {"city": "Paris"}) if "tool" in body["messages"][-1]["content"]
+                       else "One two three.")
+
+    def test_a_dozen_lines_say_what_there_is(self) -> None:
+        self.ollama.forever = self.answer
+        for self.way, known in (("native", "native"), ("none", "bound"), ("text", "rescued"), ("lost", "bound")):
+            status, lines = self.check(model="plain", num_ctx=32768)
+            self.assertEqual(status, 0, lines)
+            self.assertEqual(lines[0], f"Ollama       0.32.15 at {self.ollama.url}")
+            self.assertEqual(lines[1], "models       plain:latest; hf.co/someone/think:latest completion thinking tools")
+            self.assertRegex(lines[2], r"^answer       first token after 0\.\d s, then [\d.]+ tokens/s$")
+            self.assertEqual(lines[3:6], [
+                "GPU          0 % of the model are on the GPU",
+                "window       512 tokens: too few for Claude Code and Codex; start with --num-ctx 32768",
+                f"tools        a call came back ({known})"])
+            self.assertEqual([row.split()[0] for row in lines[7:]], ["Claude", "Codex", "VS", "Python", "Python"])
+            self.assertTrue(all("http://127.0.0.1:8000" in row for row in lines[7:]))
+        self.assertNotIn("Traceback", str(LOG))
+
+    def test_what_fails_names_its_remedy(self) -> None:
+        self.ollama.forever = lambda body: Script([content("One"), content("two"), done()])
+        status, lines = self.check(model="plain")
+        self.assertEqual((status, lines[5][:42]), (0, "tools        no call came back: for an agent"[:42]))
+        status, lines = self.check()
+        self.assertIn(" (there is no phi4:latest: trying plain:latest)", lines[1])
+        self.ollama.forever = lambda body: Script([{"error": "boom"}], 500)
+        status, lines = self.check(model="plain")
+        self.assertEqual((status, lines[2]), (1, "answer        FAILED: Ollama failed: boom"))
+        self.ollama.forever = lambda body: Script([content("One"), {"error": "boom"}])
+        self.assertEqual(self.check(model="plain")[1][2], "answer        FAILED: Ollama failed: boom")
+        self.ollama.gets["/api/tags"] = {"models": []}
+        self.assertEqual(self.check(), (1, [f"Ollama       0.32.15 at {self.ollama.url}",
+                                            "models        FAILED: none is installed: ollama pull phi4"]))
+        self.ollama.shutdown()
+        self.ollama.server_close()
+        status, (line_,) = self.check()
+        self.assertEqual((status, "Start it with `ollama serve`" in line_), (1, True))
+
+    def test_a_model_that_is_too_slow_ends_the_check_in_time(self) -> None:
+        self.ollama.forever = lambda body: Script([threading.Event()])
+        began = time.monotonic()
+        status, lines = self.check(model="plain")
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(status, 1)
+        self.assertRegex(lines[2], r"^answer       (waiting \.\.\. )+ FAILED: no token within 0.5 s\. The model is still being loaded, ")
+
+    def test_the_demo_passes(self) -> None:
+        process = subprocess.run([*COMMAND, "--demo", "--check"], capture_output=True, text=True, timeout=60)
+        self.assertEqual((process.returncode, process.stderr), (0, ""))
+        self.assertIn("tools        a call came back (native)\n", process.stdout)
+
+
 # ---- Options, start and end ----------------------------------------------------------------------
 
 URLS = [
@@ -8818,28 +8964,6 @@ class TheFile(unittest.TestCase):
 
 # ---- Running -------------------------------------------------------------------------------------
 
-def live(url: str) -> int:
-    """Make three checks of a running server, as a user would."""
-    def ask(path: str, body: Any = None) -> str:
-        request = urllib.request.Request(url.rstrip("/") + path, body and json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            return str(reply.read().decode())
-
-    names = [model["id"] for model in json.loads(ask("/v1/models"))["data"]]
-    print("models:", ", ".join(names))
-    question = {"messages": [{"role": "user", "content": "Why is the sky blue? One sentence."}],
-                "max_tokens": 100, **({"model": sys.argv[3]} if len(sys.argv) > 3 else {})}
-    message = json.loads(ask("/v1/messages", question))
-    print("answer:", message["content"], message["stop_reason"], message["usage"])
-    stream = ask("/v1/chat/completions", {**question, "stream": True})
-    words = [json.loads(part).get("choices", [{"delta": {}}])[0]["delta"].get("content", "")
-             for part in re.findall(r"(?m)^data: (\{.*)", stream)]
-    print("stream:", repr("".join(words)))
-    whole = bool(names and message["content"] and any(words) and stream.endswith("data: [DONE]\n\n"))
-    print("ok" if whole else "FAILED")
-    return 0 if whole else 1
-
-
 class Result(unittest.TextTestResult):
     """Count what passed: releases of unittest disagree on whether testsRun has the skipped."""
     passed = 0
@@ -8861,8 +8985,6 @@ class Runner(unittest.TextTestRunner):
 
 
 def main() -> int:
-    if "--live" in sys.argv:
-        return live((sys.argv + ["http://127.0.0.1:8000"])[2])
     forgotten: List[Any] = []  # what was not closed: a ResourceWarning made an error
 
     def remember(found: Any) -> None:
