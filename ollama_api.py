@@ -5017,7 +5017,7 @@ DESKTOP_SCHEMES = ("app", "file", "tauri", "vscode-file", "vscode-webview")  # o
 
 
 def admit(request: Request, config: Config) -> None:
-    """Refuse web pages of other sites; 403."""
+    """Refuse web pages of other sites; 403. Ours is served by every name that is certainly ours."""
     host = request.headers.get("host", "localhost")
     if is_loopback(config.host) and not is_ours(host, config):
         raise APIError(403, f"The Host {dumps(host[:200])} may be another machine. If it is this "
@@ -5026,7 +5026,7 @@ def admit(request: Request, config: Config) -> None:
     if origin is None:
         if request.headers.get("sec-fetch-site") == "cross-site":
             raise APIError(403, "Web pages of other sites are not served.")
-    elif not may_read(origin, config):
+    elif not (may_read(origin, config) or is_ours(host, config) and origin.endswith("://" + host)):
         raise APIError(403, "Web pages of other machines are not served, "
                             "except those of --allow-origin.")
 

@@ -7645,6 +7645,20 @@ class WebPages(ServerCase):
                 self.assertNotIn("access-control-allow-origin", reply.headers)
         self.assertEqual(self.ollama.asked, [])
 
+    def test_the_servers_own_page_is_served_by_the_name_that_it_was_called_by(self) -> None:
+        server = self.serve(host="0.0.0.0", insecure=True, allow_host=("box.example",))
+        self.port = server.server_address[1]
+        for host, page, status in (
+                ("192.168.1.7:8000", "http://192.168.1.7:8000", 200),
+                ("box.example:8000", "https://box.example:8000", 200), (MACHINE, "http://" + MACHINE, 200),
+                ("192.168.1.7:8000", "http://192.168.1.8:8000", 403),
+                ("192.168.1.7:8000", "http://192.168.1.7:3000", 403),
+                ("192.168.1.7", "http://1192.168.1.7", 403), ("", "https://", 403),
+                ("evil.example:8000", "http://evil.example:8000", 403)):  # rebound
+            self.ollama.scripts = [Script()]
+            reply = self.ask("POST", CHAT, self.body, host=host, origin=page)
+            self.assertEqual(reply.status, status, page)
+
     def test_programs_that_are_built_on_a_browser_are_served(self) -> None:
         for origin in ("app://obsidian.md", "vscode-webview://0abc", "vscode-file://vscode-app",
                        "tauri://localhost", "file://", "http://tauri.localhost", "http://[::1]:3000",
