@@ -36,7 +36,8 @@ Endpoints
     GET  /api/version              say which release Ollama is
     GET  /health                   200 while Ollama answers, otherwise 503
     GET  /metrics                  figures for Prometheus
-    GET  /                         name, version and endpoints
+    GET  /                         for a browser, a page to talk to a model; for all others,
+                                   name, version and endpoints
 
 Contents of this file, from top to bottom
     Configuration                  all options, defaults and limits
@@ -68,6 +69,7 @@ Contents of this file, from top to bottom
     Who may ask                    web pages and keys
     Answering                      one request and its reply
     The server                     connections, limits, shutdown
+    The page                       what a browser gets
     The demo                       a stand-in for Ollama
     The check                      what Ollama and the model can do here
     Options, start and end         command line
@@ -89,6 +91,7 @@ import dataclasses
 import email.utils
 import fnmatch
 import functools
+import hashlib
 import hmac
 import http.client
 import http.server
@@ -325,6 +328,7 @@ class Reply:
     status: int = 200
     content_type: str = "application/json"
     pings: Frames = iter(())  # while silent
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more of the header
 
 
 @dataclass
@@ -2769,10 +2773,14 @@ def get_health(context: Context) -> Reply:
 
 
 def get_root(context: Context) -> Reply:
+    """Answer GET / with the page if a browser asks, else with what is here."""
+    if wants_page(context.request):
+        return Reply(PAGE, content_type="text/html; charset=utf-8", fields=PAGE_FIELDS)
     return Reply({
         "name": "ollama_api.py", "version": __version__,
         "ollama": context.server.config.ollama,
-        "endpoints": [f"{route.method} {route.path}" for route in ROUTES]})
+        "endpoints": [f"{route.method} {route.path}" for route in ROUTES]},
+        fields={"vary": "accept, origin"})
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -5010,7 +5018,7 @@ def linger(sock: socket.socket, config: Config) -> None:
 # a hostname of its own that resolves to 127.0.0.1 (DNS rebinding): Origin and Host tell.
 # So a Host must be a name or an address that no owner of a page can lead here. Programs send
 # no Origin, but those that are built on a browser have a scheme that no web page can have.
-# Keys, if there are any, are demanded before a body is used.
+# Keys, if there are any, are demanded before a body is used; the page asks for one itself.
 
 CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 DESKTOP_SCHEMES = ("app", "file", "tauri", "vscode-file", "vscode-webview")  # of Electron, Tauri
@@ -5167,7 +5175,8 @@ class Exchange(Client):
         if request.method == "OPTIONS":  # a preflight cannot carry a key
             self.write(self.begin(204, {"allow": allowed_methods(request.path)}))
             return
-        request.key = demand_key(request, self.config)
+        if not wants_page(request):
+            request.key = demand_key(request, self.config)
         route, request.argument = find_route(request)
         self.route = f"{route.method} {route.path}"
 
@@ -5229,7 +5238,7 @@ class Exchange(Client):
         if not isinstance(data, bytes):
             data = json_line(cast(JSON, data))
         head = self.begin(reply.status, {
-            "content-type": reply.content_type, "content-length": str(len(data))})
+            "content-type": reply.content_type, "content-length": str(len(data)), **reply.fields})
         if self.request and self.request.method == "HEAD":
             data = b""
         self.write(head + data)  # in one send
@@ -5238,7 +5247,8 @@ class Exchange(Client):
         """Send pending frames, as one HTTP chunk, when we would wait for Ollama, or at 256 of them:
         a slow client must not fill the memory. HTTP/1.0 has no chunks."""
         self.pings = reply.pings
-        self.stream_fields = {"content-type": reply.content_type, "cache-control": "no-cache"}
+        self.stream_fields = {"content-type": reply.content_type, "cache-control": "no-cache",
+                              **reply.fields}
         if chunked:
             self.stream_fields["transfer-encoding"] = "chunked"
         for frame in cast(Frames, reply.content):
@@ -5278,7 +5288,7 @@ class Exchange(Client):
         fields = {"date": email.utils.formatdate(usegmt=True),
                   "request-id": self.id, "x-request-id": self.id,
                   "connection": "keep-alive" if self.reusable() else "close",
-                  **fields, **self.extra, **(self.how_answered() if status == 200 else {})}
+                  **self.extra, **fields, **(self.how_answered() if status == 200 else {})}
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}",
                  *(f"{name}: {value}" for name, value in fields.items()), "", ""]
         self.status = status
@@ -5481,6 +5491,205 @@ def tls_context(config: Config) -> Optional[ssl.SSLContext]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(config.tls_cert, config.tls_key or None)
     return context
+
+
+# ---- The page ------------------------------------------------------------------------------------
+# What a browser gets at /: a small client of POST /v1/chat/completions, to talk to a model. It
+# loads nothing from elsewhere, keeps the conversation to itself, and shows as plain text all
+# that a model says. Its Content-Security-Policy holds it to that: this one style and this one
+# script, known by their hashes; requests to this server alone; no page around it.
+
+PAGE_HTML = r"""
+<!doctype html><html lang="en"><meta charset="utf-8"><title>Ollama</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><style>{STYLE}</style>
+<header id="head">
+  <select id="model" aria-label="Model"><option value="">no model yet</option></select>
+  <button id="fresh">New chat</button><span id="state" role="status"></span>
+  <input id="key" type="password" placeholder="API key" aria-label="API key" hidden></header>
+<main id="talk" aria-label="Conversation" aria-live="polite" tabindex="0"></main>
+<footer><textarea id="text" aria-label="Message" placeholder="Message" autofocus></textarea>
+  <input id="file" type="file" accept="image/*" hidden><img id="preview" src="" alt="">
+  <button id="attach">Add image</button><button id="send">Send</button></footer>
+<template id="turn"><article aria-busy="true"><p class="asked"><img alt="attached image"></p>
+  <details hidden><summary>Thoughts</summary><p></p></details><div></div><p class="note">...</p>
+</article></template>
+<template id="prose"><div><p></p></div></template>
+<template id="code"><div><pre></pre><button>Copy</button></div></template>
+<script type="module">{SCRIPT}</script>
+"""
+
+PAGE_STYLE = r"""
+:root { color-scheme: light dark; scrollbar-color: #808890 #0000; --paper: #fcfcfa; --ink: #24282c;
+        --quiet: #5b6269; --line: #868c92; --tint: #eef1ee; --accent: #1d6b50; --alarm: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --paper: #17191b; --ink: #e3e5e7; --quiet: #a2a8ae;
+        --line: #747a81; --tint: #24282a; --accent: #7fcfae; --alarm: #ffa198; } }
+[hidden], p:empty, img[src=""] { display: none !important; }
+body { display: flex; flex-direction: column; height: 100vh; height: 100dvh; margin: 0;
+       background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
+header, footer, article { width: min(46rem, 100% - 2rem); margin: 0 auto; padding: .75rem 0; }
+header, footer { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+button, select, input, textarea { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: .5rem; padding: .35rem .75rem; max-width: 100%; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+#talk { flex: 1; overflow-y: auto; border-block: 1px solid var(--tint); outline-offset: -2px; }
+#text { flex: 1 1 100%; min-width: 0; max-height: 35vh; resize: none; field-sizing: content; }
+#send { margin-left: auto; background: var(--accent); color: var(--paper); }
+img { display: block; height: 4rem; max-width: 100%; object-fit: contain; border-radius: .5rem; }
+p { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.asked { width: fit-content; max-width: 85%; margin-left: auto; }
+.asked, pre { padding: .5rem 1rem; background: var(--tint); border-radius: .75rem; }
+pre { margin: .5rem 0; overflow: auto; font: .875rem/1.5 monospace; }
+#state, .note, details, ::placeholder { color: var(--quiet); font-size: .875rem; opacity: 1; }
+.failed .note { color: var(--alarm); }
+article button { display: block; margin-left: auto; padding: .1rem .6rem; font-size: .8rem; }
+"""
+
+PAGE_SCRIPT = r"""
+const page = {};  // its elements, by their ids
+for (const element of document.querySelectorAll("[id]")) page[element.id] = element;
+let history = [], image = "", running = null;  // messages; a data URL; what can stop the answer
+async function ask(path, body, signal) {  // a refusal becomes an Error in the server's own words
+  const key = String.fromCharCode(...new TextEncoder().encode(sessionStorage.key ?? ""));
+  const post = body && {method: "POST", body: JSON.stringify(body)};
+  const reply = await fetch(path, {headers: {"x-api-key": key}, signal, ...post})
+    .catch(() => { throw Error("ollama_api.py does not answer. Does it still run?"); });
+  page.key.hidden = reply.status !== 401;
+  if (reply.ok) return reply;
+  const {error} = await reply.json().catch(() => ({error: `HTTP status ${reply.status}`}));
+  throw Error(error.message ?? error);
+}
+async function look(speed) {  // at Ollama, and at its models, unless one has just answered
+  try {
+    const {version} = await (await ask("health")).json();
+    page.state.textContent = `Ollama ${version}` + (speed ? `, ${speed.toFixed(1)} tokens/s` : "");
+    const {data} = speed ? {data: []} : await (await ask("v1/models")).json();
+    const able = data.filter(model => model.capabilities?.includes("completion") ?? true);
+    const option = ({id}) => new Option(id, id, false, id === sessionStorage.model);
+    if (able.length) page.model.replaceChildren(...able.map(option));
+  } catch (error) { page.state.textContent = error.message; }
+}
+async function* chunksOf(reply) {  // of a stream, which is whole only if it ends in [DONE]
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let frames = [""];;) {
+    const {value, done} = await reader.read();
+    if (done) throw Error("The connection ended before the answer did.");
+    frames = (frames.pop() + value).split("\n\n");  // the last one is not complete
+    for (const frame of frames.slice(0, -1)) {
+      if (frame === "data: [DONE]") return;
+      if (frame.startsWith("data: ")) yield JSON.parse(frame.slice(6));  // else it is a ping
+    }
+  }
+}
+function show(place, text) {  // what stands between fences is code, all else is plain
+  const parts = text.split(/\n?^[ \t]*(?:`{3,}|~{3,})[^\s`]*[ \t]*$\n*/m);
+  while (place.children.length > parts.length) place.lastElementChild.remove();
+  for (const [n, part] of parts.entries()) {
+    if (!place.children[n]) place.append((n % 2 ? page.code : page.prose).content.cloneNode(true));
+    const target = place.children[n].firstElementChild;
+    if (target.textContent !== part) target.textContent = part;  // or a selection in it is lost
+  }
+}
+async function listen(reply, said, thoughts, answer) {  // show the answer as it comes
+  for await (const {error, choices: [choice] = [], usage} of chunksOf(await reply)) {
+    if (error) throw Error(error.message);
+    const {scrollHeight, scrollTop, clientHeight} = page.talk, now = performance.now();
+    said.since ??= now;
+    said.thoughts += choice?.delta.reasoning_content ?? "";
+    said.text += choice?.delta.content ?? "";
+    if (choice?.finish_reason === "length") said.note = "There was no room for the rest.";
+    if (usage) said.speed = 1000 * usage.completion_tokens / Math.max(1, now - said.since);
+    thoughts.hidden = !said.thoughts;
+    thoughts.lastElementChild.textContent = said.thoughts;
+    show(answer, said.text);
+    if (scrollTop + clientHeight > scrollHeight - 40) page.talk.scrollTop = page.talk.scrollHeight;
+  }
+}
+async function send() {  // what is in the box, after all that was said before
+  const words = page.text.value.trim(), url = image;
+  if (!words && !url) return;
+  const seen = url ? [{type: "image_url", image_url: {url}}] : [];
+  const messages = [...history, {role: "user", content: [{type: "text", text: words}, ...seen]}];
+  page.talk.querySelector(".failed")?.remove();
+  const turn = page.talk.appendChild(page.turn.content.firstElementChild.cloneNode(true));
+  const [asked, thoughts, answer, note] = turn.children, said = {text: "", thoughts: "", note: ""};
+  asked.append(words);
+  asked.firstElementChild.src = url;
+  compose("", "");
+  page.talk.scrollTop = page.talk.scrollHeight;
+  const {signal} = running = new AbortController(), model = page.model.value || undefined;
+  const body = {model, messages, stream: true, stream_options: {include_usage: true}};
+  page.send.textContent = "Stop";
+  await listen(ask("v1/chat/completions", body, signal), said, thoughts, answer)
+    .catch(({message}) => { if (signal.aborted) said.note = "Stopped"; else said.error = message });
+  running = null;
+  page.send.textContent = "Send";
+  note.textContent = said.error ?? said.note;
+  turn.removeAttribute("aria-busy");
+  if (said.text && !said.error) history = [...messages, {role: "assistant", content: said.text}];
+  else { turn.className = "failed"; compose(`${words}\n${page.text.value}`.trim(), url || image); }
+  if (turn.className) note.scrollIntoView({block: "nearest"});
+  look(said.speed);
+}
+function compose(words, url) {
+  page.text.value = words;
+  image = page.preview.src = url;
+  page.attach.textContent = url ? "Remove image" : "Add image";
+}
+page.send.onclick = () => running ? running.abort() : send();
+page.text.onkeydown = event => {
+  if (event.keyCode !== 13 || event.shiftKey) return;  // it is 229 while an input method composes
+  event.preventDefault();
+  if (!running) page.send.click();
+};
+page.talk.onclick = ({target}) => {  // navigator.clipboard would need https or localhost
+  if (target.tagName !== "BUTTON") return;
+  getSelection().selectAllChildren(target.previousElementSibling);
+  target.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
+};
+const reader = new FileReader();
+reader.onload = () => { compose(page.text.value, reader.result); page.file.value = ""; };
+page.file.onchange = () => page.file.files[0] && reader.readAsDataURL(page.file.files[0]);
+page.attach.onclick = () => image ? compose(page.text.value, "") : page.file.click();
+page.fresh.onclick = () => location.assign("./");  // the conversation goes with the old page
+page.head.onchange = ({target: {id, value}}) => { sessionStorage[id] = value; look(); };
+addEventListener("pagehide", () => running?.abort());  // a page that is left may live on, frozen
+addEventListener("focus", () => page.model.value || look());  // Ollama may have come up
+look();
+"""
+
+
+def source_for(text: str) -> str:
+    """Return what allows exactly this script or style (Content Security Policy 3, 8.4)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE = PAGE_HTML.strip().replace("{STYLE}", PAGE_STYLE).replace("{SCRIPT}", PAGE_SCRIPT).encode()
+PAGE_FIELDS = {
+    "content-security-policy": "; ".join((
+        "default-src 'none'", f"script-src {source_for(PAGE_SCRIPT)}",
+        f"style-src {source_for(PAGE_STYLE)}", "connect-src 'self'", "img-src data:",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
+    "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+    "cache-control": "no-cache", "vary": "accept, origin"}
+
+
+def wants_page(request: Request) -> bool:
+    """Return whether a browser asks for the page: it prefers HTML, or likes JSON no better."""
+    accept = request.headers.get("accept", "")
+    wanted = weight_of("text/html", accept)
+    return (request.path == "/" and request.method in ("GET", "HEAD")
+            and wanted > 0 and wanted >= weight_of("application/json", accept))
+
+
+def weight_of(media_type: str, accept: str) -> float:
+    """Return the weight that an Accept header gives to a type by its name (RFC 9110, 12.5.1)."""
+    for entry in accept.lower().split(","):
+        name, _, parameters = entry.partition(";")
+        if name.strip() == media_type:
+            weight = re.search(r"(?:^|;)\s*q=([01](?:\.\d+)?)\s*(?:;|$)", parameters)
+            return float(weight[1]) if weight else 1.0
+    return 0.0
 
 
 # ---- The demo ------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ what the client gets.
 
 After the scripted Ollama, the runner and the clients, this file has the sections of ollama_api.py
 in the same order (but Configuration), then HAProxy, programs built on the SDKs, and the file itself.
-A test whose SDK or program is missing is skipped; where CI is set, it fails.
+A test whose SDK or program is missing is skipped; where CI is set, it fails. Those of the page in
+Chromium need chromedriver, and fail without it where CHROMIUM is set.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import concurrent.futures
 import contextlib
 import difflib
 import functools
+import hashlib
 import http.client
 import http.server
 import importlib.util
@@ -8132,6 +8134,555 @@ class Soak(ProcessCase):
     def memory(self, pid: int) -> int:
         found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         return int(found[1]) if found else 0
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
+
+
+class ThePage(ServerCase):
+    """Ask for the page as a browser does."""
+    settings = {"api_key": ("secret",)}
+
+    def test_a_browser_gets_the_page_and_all_others_json(self) -> None:
+        for accept, page in ((BROWSER, True), ("text/html", True), ("TEXT/HTML;q=0.1", True),
+                             ("application/json;q=0.5, text/html;level=1;q=0.5", True),
+                             ("text/html;q=0", False), ("text/html; q=0.0, */*", False),
+                             ("text/html;q=0.8, application/json", False), ("*/*", False),
+                             ("text/*", False), ("text/htmlx", False), ("", False)):
+            for method in ("GET", "HEAD"):
+                with self.subTest(accept=accept, method=method):
+                    reply = self.ask(method, "/", accept=accept, x_api_key="secret")
+                    wanted = "text/html" if page else "application/json"
+                    self.assertEqual((reply.status, reply.kind), (200, wanted))
+                    self.assertEqual(reply.headers["vary"], "accept, origin")
+                    self.assertGreater(int(reply.headers["content-length"]), 100)
+                    self.assertEqual(reply.text == "", method == "HEAD")
+        self.assertEqual(self.ask("GET", "/", x_api_key="secret").json["name"], "ollama_api.py")
+
+    def test_the_page_alone_needs_no_key(self) -> None:
+        self.assertEqual(self.ask("GET", "/", accept=BROWSER).kind, "text/html")
+        for method, path, accept in (
+                ("GET", "/", "*/*"), ("GET", "/v1/models", BROWSER), ("GET", "/health", BROWSER),
+                ("GET", "/v1", BROWSER), ("GET", "//", BROWSER), ("POST", "/", BROWSER),
+                ("DELETE", "/", BROWSER), ("GET", "/x", BROWSER)):
+            self.assertEqual(self.ask(method, path, accept=accept).status, 401, (method, path))
+
+    def test_its_policy_allows_its_own_style_and_script_alone(self) -> None:
+        reply = self.ask("GET", "/", accept=BROWSER)
+        hashes = []
+        for tag in ("script", "style"):
+            text, = re.findall(f"(?s)<{tag}[^>]*>(.*?)</{tag}>", reply.text)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            hashes.append(f"{tag}-src 'sha256-{digest}'")
+        self.assertEqual(reply.headers["content-security-policy"].split("; "), [
+            "default-src 'none'", *hashes, "connect-src 'self'", "img-src data:",
+            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
+        for name, value in (("x-content-type-options", "nosniff"), ("cache-control", "no-cache"),
+                            ("referrer-policy", "no-referrer"),
+                            ("content-type", "text/html; charset=utf-8")):
+            self.assertEqual(reply.headers[name], value)
+
+    def test_it_is_short_and_names_no_other_address(self) -> None:
+        texts = (ollama_api.PAGE_HTML, ollama_api.PAGE_STYLE, ollama_api.PAGE_SCRIPT)
+        self.assertLessEqual(sum(len(text.strip().splitlines()) for text in texts), 150)
+        page = ollama_api.PAGE.decode()
+        self.assertNotRegex(page, r"(?i)https?:|[\"'(]//|innerHTML|\son\w+=|style=|eval\(|\{STYLE|\{SCRIPT")
+
+    def test_a_page_of_another_origin_may_not_read_it(self) -> None:
+        for headers in ({"origin": "https://evil.example"}, {"sec_fetch_site": "cross-site"},
+                        {"host": "evil.example"}):
+            reply = self.ask("GET", "/", accept=BROWSER, **headers)
+            self.assertEqual(reply.status, 403)
+            self.assertNotIn("access-control-allow-origin", reply.headers)
+        local = self.ask("GET", "/", accept=BROWSER, origin="http://localhost:3000")
+        self.assertEqual((local.status, local.headers["vary"]), (200, "accept, origin"))
+
+
+class Browser:
+    """Drive Chromium by chromedriver: W3C's WebDriver, and Chromium's own additions to it."""
+    arguments = (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        # Nothing leaves this machine. evil.example is another site on it.
+        "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout
+        started = (re.search(r"successfully on port (\d+)", line_) for line_ in self.process.stdout)
+        self.port = next(int(match[1]) for match in started if match)
+        self.session = ""
+        options = {"args": [*self.arguments, "--user-data-dir=" + self.folder.name]}
+        self.session = "/" + self.post("", capabilities={"alwaysMatch": {
+            "goog:loggingPrefs": {"browser": "ALL"}, "goog:chromeOptions": options}})["sessionId"]
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError):
+            self.call("DELETE", "")
+        self.process.terminate()
+        self.process.communicate()
+        self.folder.cleanup()
+
+    def call(self, method: str, path: str, data: Optional[str] = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, "/session" + self.session + path, data)
+            value = json.loads(connection.getresponse().read())["value"]
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError(f"{value['error']}: {value['message']}")
+        return value
+
+    def post(self, path: str, **body: Any) -> Any:
+        return self.call("POST", path, json.dumps(body))
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.post("/execute/sync", script=script, args=arguments)
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        return self.post("/goog/cdp/execute", cmd=command, params=parameters)
+
+    def find(self, selector: str) -> str:
+        """Return the path of an element."""
+        found = self.post("/element", using="css selector", value=selector)
+        return "/element/" + "".join(found.values())
+
+    def click(self, selector: str) -> None:
+        self.post(self.find(selector) + "/click")
+
+    def type(self, selector: str, text: str) -> None:
+        self.post(self.find(selector) + "/value", text=text)
+
+    def press(self, key: str) -> None:
+        self.post("/actions", actions=[{"type": "key", "id": "keys", "actions": [
+            {"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]}])
+
+    def errors(self) -> List[str]:
+        """Return what the console has as errors since the last time."""
+        return [entry["message"] for entry in self.post("/se/log", type="browser")
+                if entry["level"] == "SEVERE"]
+
+
+ENTER, SHIFT, CONTROL, TAB, RELEASE = "\ue007", "\ue008", "\ue009", "\ue004", "\ue000"
+PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
+         "rkJggg==")  # a PNG
+
+# Returns [words, contrast] of each text on the page (WCAG 2.2: relative luminance, contrast ratio).
+CONTRASTS = """
+const rgb = color => color.match(/[\\d.]+/g).map(Number);
+const linear = part => (part /= 255) <= .04045 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4;
+const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+const behind = element => {
+  for (; element; element = element.parentElement) {
+    const color = rgb(getComputedStyle(element).backgroundColor);
+    if (color.length === 3) return color;
+  }
+  return [255, 255, 255];
+};
+const contrast = (element, part) => {
+  const [a, b] = [light(rgb(getComputedStyle(element, part).color)), light(behind(element))];
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+};
+const has = element => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+const shown = [...document.body.querySelectorAll("*")].filter(each => each.checkVisibility());
+return [...shown.filter(has).map(each => [each.textContent, contrast(each)]),
+        ...shown.filter(each => each.placeholder).map(each => [each.placeholder,
+                                                               contrast(each, "::placeholder")])];
+"""
+
+
+@unittest.skipUnless(shutil.which("chromedriver") or os.environ.get("CHROMIUM"),
+                     "chromedriver is not installed")
+class ThePageInChromium(ServerCase):
+    browser: Browser
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.browser = Browser()
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ollama.gets["/api/tags"] = {"models": [
+            {"name": name, "capabilities": abilities} for name, abilities in (
+                ("sees:latest", ["completion", "vision"]), ("blind:latest", ["completion"]),
+                ("embeds:latest", ["embedding"]))]}
+        self.answers: List[Script] = []
+        self.ollama.forever = self.answer
+        self.addCleanup(self.browser.post, "/url", url="about:blank")
+        self.addCleanup(self.browser.devtools, "Emulation.clearDeviceMetricsOverride")
+
+    def answer(self, body: Any) -> Script:
+        if "messages" in body:
+            return self.answers.pop(0)
+        sight = ["vision"] * body["model"].startswith("sees")
+        return Script([{"capabilities": ["completion", *sight]}])
+
+    def visit(self, **settings: Any) -> None:
+        """Open the page, of a server of its own if there are settings, and wait for the models."""
+        if settings:
+            self.port = self.serve(**settings).server_address[1]
+        self.browser.post("/url", url=f"http://127.0.0.1:{self.port}/")
+        self.browser.run("sessionStorage.clear()")
+        self.browser.errors()
+        self.eventually(lambda: self.text("#state"))
+
+    def text(self, selector: str) -> str:
+        """Return the text of the last such element, "" if there is none."""
+        return str(self.browser.run(
+            "return [...document.querySelectorAll(arguments[0])].pop()?.textContent ?? ''", selector))
+
+    def becomes(self, selector: str, text: str) -> None:
+        """Wait until the last such element has this text."""
+        with contextlib.suppress(AssertionError):
+            self.eventually(lambda: self.text(selector) == text)
+        self.assertEqual(self.text(selector), text)
+
+    def value(self) -> str:
+        return str(self.browser.run("return document.querySelector('#text').value"))
+
+    def say(self, words: str, *steps: Any) -> str:
+        """Say something, let the model answer with `steps`, and return the article that shows it."""
+        before = self.browser.run("return document.querySelectorAll('article:not(.failed)').length")
+        self.answers.append(Script(steps) if steps else Script())
+        self.browser.type("#text", words + ENTER)
+        self.eventually(lambda: self.browser.run(
+            "return document.querySelectorAll('article:not([aria-busy])').length") > before)
+        return self.text("article")
+
+    def show_the_key_field(self) -> None:
+        """Show it as if a key were demanded, whatever the server still answers."""
+        self.browser.run("const key = document.querySelector('#key'); key.hidden = false;"
+                         "Object.defineProperty(key, 'hidden', {set() {}})")
+
+    def asked(self) -> List[Any]:
+        """Return the messages of each question that Ollama was asked."""
+        return [body["messages"] for _, body in self.ollama.asked if "messages" in body]
+
+    def test_a_conversation_of_three_turns(self) -> None:
+        self.visit()
+        for n in "123":
+            shown = self.say("Q" + n, thinking("Hm" + n), content("A"), content(n), done(answer=3))
+            self.assertEqual(shown.split(), ["Q" + n, f"ThoughtsHm{n}A{n}"])
+        self.assertEqual([(each["role"], each["content"]) for each in self.asked()[-1]], [
+            ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"), ("user", "Q3")])
+        self.eventually(lambda: re.fullmatch(r"Ollama 0\.32\.15, \d+\.\d tokens/s", self.text("#state")))
+        self.assertIs(self.browser.run("return document.querySelector('details').open"), False)
+        self.assertLess(*self.browser.run(
+            "return ['details', 'details + div'].map(each => "
+            "document.querySelector(each).getBoundingClientRect().top)"))
+        self.assertEqual(self.browser.errors(), [])
+
+        self.browser.click("#fresh")
+        self.eventually(lambda: not self.text("article") and "sees" in self.text("#model"))
+        self.say("Q4")
+        self.assertEqual([each["content"] for each in self.asked()[-1]], ["Q4"])
+
+    def test_the_model_that_is_picked_answers_and_stays_picked(self) -> None:
+        self.visit()
+        self.assertEqual(self.text("#model"), "sees:latestblind:latest")
+        self.browser.type("#model", "blind")
+        self.say("Hi")
+        self.browser.click("#fresh")
+        self.eventually(lambda: "sees" in self.text("#model"))
+        self.say("Hi")
+        models = [body["model"] for _, body in self.ollama.asked if "messages" in body]
+        self.assertEqual(models, ["blind:latest"] * 2)
+
+    def test_a_stop_in_the_middle_frees_the_model_and_keeps_what_was_said(self) -> None:
+        self.visit()
+        for words, kept in (("", []), ("The", ["The"])):
+            script = Script([content(words)] * bool(words) + [threading.Event()])
+            self.answers.append(script)
+            self.browser.type("#text", "Why?" + ENTER)
+            self.assertTrue(script.waits.wait(PATIENCE))
+            self.becomes("article div", words)
+            self.assertEqual(self.text("#send"), "Stop")
+            self.browser.click("#send")
+            self.assertTrue(script.left.wait(0.5), "the model is not free")
+            self.becomes(".note", "Stopped")
+            self.becomes("#send", "Send")
+            self.assertEqual(self.value(), "" if kept else "Why?")
+            self.browser.run("document.querySelector('#text').value = ''")
+        self.say("And?")
+        self.assertEqual([each["content"] for each in self.asked()[-1]], ["Why?", "The", "And?"])
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_leaving_the_page_or_beginning_anew_frees_the_model(self) -> None:
+        for leave in (lambda: self.browser.click("#fresh"),
+                      lambda: self.browser.post("/url", url="about:blank")):
+            self.visit()
+            script = Script([content("The"), threading.Event()])
+            self.answers.append(script)
+            self.browser.type("#text", "Why?" + ENTER)
+            self.becomes("article div", "The")
+            leave()
+            self.assertTrue(script.left.wait(0.5), "the model is not free")
+        self.assertEqual(LOG and [entry for entry in LOG if " 499 " in entry][-1][:26],
+                         "POST /v1/chat/completions ")
+
+    def attach(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "pixel.png")
+            path.write_bytes(base64.b64decode(PIXEL))
+            self.browser.type("#file", str(path))
+            self.becomes("#attach", "Remove image")
+
+    def test_an_image_reaches_a_model_that_sees(self) -> None:
+        self.visit()
+        self.attach()
+        self.browser.click("#attach")
+        self.say("Nothing?")
+        self.assertNotIn("images", self.asked()[-1][0])
+        self.attach()
+        self.say("What is this?")
+        self.assertEqual(self.asked()[-1][-1]["images"], [PIXEL])
+        self.assertEqual(self.text("#attach"), "Add image")
+        self.assertEqual(self.browser.run(
+            "return [...document.querySelectorAll('img')].filter(each => each.checkVisibility())"
+            ".map(each => each.naturalWidth)"), [1])
+        self.say("And this?")
+        self.assertEqual([message.get("images") for message in self.asked()[-1]],
+                         [None, None, [PIXEL], None, None])
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_an_image_for_a_model_that_is_blind_can_be_sent_to_another(self) -> None:
+        self.visit()
+        self.browser.type("#model", "blind")
+        self.attach()
+        self.assertIn('model: "blind:latest" cannot see images.', self.say("What is this?"))
+        self.assertEqual((self.value(), self.text("#attach")), ("What is this?", "Remove image"))
+        self.browser.type("#model", "sees")
+        self.answers.clear()
+        self.say("")
+        self.assertEqual([(each["content"], each.get("images")) for each in self.asked()[-1]],
+                         [("What is this?", [PIXEL])])
+        self.assertEqual(self.browser.run("return document.querySelectorAll('article').length"), 1)
+
+    def test_without_an_ollama_the_page_says_what_to_do(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.visit(ollama=f"http://127.0.0.1:{unused.getsockname()[1]}")
+            self.assertRegex(self.text("#state"), "^Ollama does not answer at http://127.0.0.1")
+            self.assertIn("Ollama does not answer at http://127.0.0.1", self.say("Hi"))
+        self.assertEqual(self.value(), "Hi")
+
+    def test_without_a_model_the_page_says_which_one_to_pull(self) -> None:
+        self.ollama.gets["/api/tags"] = {"models": []}
+        self.ollama.forever = None
+        self.ollama.queue(Script([{"error": "model 'phi4:latest' not found"}], 404))
+        self.visit()
+        self.assertEqual(self.text("#model"), "no model yet")
+        self.assertIn('model: "phi4:latest" is not installed in Ollama.', self.say("Hi"))
+
+    def test_a_wrong_key_is_asked_for_again(self) -> None:
+        self.visit(api_key=("sch\u00f6n",))
+        self.assertEqual(self.text("#state"), "The API key is missing or wrong.")
+        self.assertIn("The API key is missing or wrong.", self.say("Hi"))
+        for key, shown in (("wrong", "The API key is missing or wrong."), ("sch\u00f6n", "Ollama 0.32.15")):
+            self.browser.run("document.querySelector('#key').value = '';"
+                             "document.querySelector('#state').textContent = ''")
+            self.browser.type("#key", key + ENTER)
+            self.becomes("#state", shown)
+        self.assertIs(self.browser.run("return document.querySelector('#key').hidden"), True)
+        self.answers.clear()
+        self.assertIn("The sky is blue.", self.say(""))
+        self.assertEqual(self.browser.run("return [localStorage.length, document.cookie]"), [0, ""])
+
+    def test_no_key_is_asked_for_where_none_is_demanded(self) -> None:
+        self.visit()
+        self.assertIs(self.browser.run("return document.querySelector('#key').hidden"), True)
+
+    def test_what_ollama_refuses_or_breaks_off_is_said_and_can_be_sent_again(self) -> None:
+        self.visit()
+        self.say("Q1")
+        window = {"error": {"code": 400, "message": "request (11 tokens) exceeds the available context size "
+                            "(4 tokens), try increasing it", "type": "exceed_context_size_error",
+                            "n_prompt_tokens": 11, "n_ctx": 4}}
+        for script, shown, text in (
+                (Script([window], 400), "maximum context length is 4 tokens", ""),
+                (Script([content("The"), CUT]), "Ollama's answer is broken", "The"),
+                (Script([content("The"), {"error": "it burns"}]), "it burns", "The")):
+            self.answers.append(script)
+            self.browser.type("#text", "Q2" + ENTER)
+            self.becomes("#send", "Send")
+            self.assertIn(shown, self.text(".failed .note"))
+            self.assertEqual((self.text(".failed div"), self.value()), (text, "Q2"))
+            self.browser.run("document.querySelector('#text').value = ''")
+        self.assertNotIn("Q2Q2", self.say("Q3"))
+        self.assertEqual([each["content"] for each in self.asked()[-1]],
+                         ["Q1", "The sky is blue.", "Q3"])
+        self.assertEqual(self.browser.run("return document.querySelectorAll('article').length"), 2)
+
+    def test_a_server_that_goes_away_is_not_taken_for_the_end_of_an_answer(self) -> None:
+        self.visit()
+        with mock.patch.object(ollama_api, "CHAT_DONE", b": nothing\n\n"):
+            self.assertIn("The connection ended before the answer did.", self.say("Q"))
+
+        def leave(_: Any) -> None:
+            raise ollama_api.ClientLeft
+        with mock.patch.object(ollama_api.Exchange, "attempt", leave):
+            self.assertIn("ollama_api.py does not answer. Does it still run?", self.say(""))
+            self.becomes("#state", "ollama_api.py does not answer. Does it still run?")
+        self.assertEqual(self.value(), "Q")
+
+    def test_an_answer_that_was_cut_at_its_limit_says_so(self) -> None:
+        self.visit()
+        self.assertIn("There was no room for the rest.", self.say("Hi", content("The"), done("length")))
+
+    def test_what_a_model_says_is_text(self) -> None:
+        self.visit()
+        evil = "<img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
+        self.say(evil, thinking(evil), content(evil + "\n```" + "\n" + evil + "\n```\n" + evil), done())
+        self.assertEqual(self.browser.run(
+            "return [window.ran, document.querySelectorAll('article :is(script, img:not([src=\"\"]))').length]"),
+            [None, 0])
+        for selector in (".asked", "details p", "article div p", "pre"):
+            self.assertEqual(self.text(selector), evil)
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_code_stands_in_blocks_with_a_button_to_copy(self) -> None:
+        self.visit()
+        for said, wanted in (
+                ("a\n```python\n  b\n\nc\n```\nd", ["P a", "PRE   b\n\nc", "P d"]),
+                ("~~~\nb\n~~~", ["P ", "PRE b"]), ("1.\n   ```\n   b", ["P 1.", "PRE    b"]),
+                ("a ```b``` c\n```d```\n``e", ["P a ```b``` c\n```d```\n``e"]), ("**a** `b`", ["P **a** `b`"])):
+            self.say("Q", *map(content, said), done())
+            blocks = self.browser.run(
+                "return [...[...document.querySelectorAll('article > div')].pop().querySelectorAll('p, pre')]"
+                ".map(each => each.tagName + ' ' + each.textContent)")
+            self.assertEqual([each for each in blocks if each != "P "], [each for each in wanted if each != "P "])
+        self.browser.click("pre + button")
+        self.assertEqual(self.text("article:first-child button"), "Copied")
+        self.browser.type("#text", CONTROL + "v" + RELEASE)
+        self.assertEqual(self.value(), "  b\n\nc")
+
+    def test_enter_sends_but_not_with_shift_nor_while_a_word_is_composed(self) -> None:
+        self.visit()
+        self.browser.type("#text", "a" + SHIFT + ENTER + RELEASE + "b")
+        self.browser.run("document.querySelector('#text').dispatchEvent(new KeyboardEvent("
+                         "'keydown', {key: 'Enter', keyCode: 229, isComposing: true}))")
+        self.assertEqual((self.value(), self.text("article")), ("a\nb", ""))
+        self.say("")
+        self.assertEqual(self.asked()[-1][0]["content"], "a\nb")
+        self.browser.type("#text", " " + ENTER)
+        self.assertEqual(len(self.asked()), 1)
+
+    def test_nothing_is_loaded_from_elsewhere(self) -> None:
+        self.visit()
+        self.say("Hi")
+        self.eventually(lambda: len(self.resources()) >= 4)
+        here = f"http://127.0.0.1:{self.port}/"
+        self.assertEqual({name for name in self.resources() if not name.startswith("data:")},
+                         {here + path for path in ("health", "v1/models", "v1/chat/completions")})
+        self.assertEqual(self.browser.errors(), [])
+
+    def resources(self) -> List[str]:
+        return list(self.browser.run("return performance.getEntriesByType('resource').map(each => each.name)"))
+
+    def test_a_phone_shows_all_without_scrolling_sideways(self) -> None:
+        self.ollama.gets["/api/tags"] = {"models": [
+            {"name": "hf.co/someone/" + "long-" * 20 + ":latest", "capabilities": ["completion"]}]}
+        self.browser.devtools("Emulation.setDeviceMetricsOverride", width=360, height=740,
+                              deviceScaleFactor=2, mobile=True)
+        self.visit()
+        long = "word" * 50
+        self.say(long, thinking(long), content(f"{long}\n```\n{long} {long}\n```\n{long}"), done())
+        self.answers.append(Script([{"error": long}], 400))
+        self.browser.type("#text", long + ENTER)
+        self.eventually(lambda: long in self.text(".failed .note"))
+        self.browser.run("document.querySelector('details').open = true")
+        widths = "return [document.documentElement, document.querySelector('main')].map(each => each.scrollWidth)"
+        self.assertEqual(self.browser.run(widths), [360, 360])
+        self.assertLessEqual(self.browser.run(
+            "return Math.max(...[...document.querySelectorAll('body *')].map(each => "
+            "each.getBoundingClientRect().right))"), 360)
+        self.assertGreater(self.browser.run("return document.querySelector('pre').scrollWidth"), 360)
+
+    def test_the_keyboard_reaches_everything_and_shows_where_it_is(self) -> None:
+        self.visit(api_key=("secret",))
+        self.browser.run("sessionStorage.key = 'secret'")
+        self.say("Q", thinking("T"), content("```\n" + "x" * 500 + "\n```"), done())
+        self.show_the_key_field()
+        order: List[str] = []
+        for _ in range(11):  # from anywhere to there again
+            self.browser.press(TAB)
+            name, width, style = self.browser.run(
+                "const {id, tagName} = document.activeElement;"
+                "const {outlineWidth, outlineStyle} = getComputedStyle(document.activeElement);"
+                "return [id || tagName, outlineWidth, outlineStyle]")
+            if name != "BODY":  # after the last one comes the browser itself
+                order.append(name)
+                self.assertEqual((width, style), ("2px", "solid"), name)
+        start = order.index("model")
+        self.assertEqual(order[start:] + order[:start], [
+            "model", "fresh", "key", "talk", "SUMMARY", "PRE", "BUTTON", "text", "attach", "send"])
+        self.browser.run("document.querySelector('summary').focus()")
+        self.browser.press(ENTER)
+        self.assertIs(self.browser.run("return document.querySelector('details').open"), True)
+
+    def test_every_control_has_a_name(self) -> None:
+        self.visit()
+        self.say("Q", thinking("T"), content("```\nx\n```"), done())
+        self.attach()
+        self.show_the_key_field()
+        for selector, name in (
+                ("#model", "Model"), ("#fresh", "New chat"), ("#key", "API key"), ("#text", "Message"),
+                ("#attach", "Remove image"), ("#send", "Send"), ("article button", "Copy"),
+                ("main", "Conversation")):
+            self.assertEqual(self.browser.call("GET", self.browser.find(selector) + "/computedlabel"), name)
+        self.assertEqual(self.browser.run("return document.documentElement.lang"), "en")
+
+    def test_contrast_in_the_light_and_in_the_dark(self) -> None:
+        papers = set()
+        for scheme in ("light", "dark"):
+            self.browser.devtools("Emulation.setEmulatedMedia", features=[
+                {"name": "prefers-color-scheme", "value": scheme}])
+            self.visit()
+            self.say("Q", thinking("T"), content("a\n```\nx\n```\nb"), done("length"))
+            self.answers.append(Script([{"error": "it burns"}], 400))
+            self.browser.type("#text", "Q" + ENTER)
+            self.eventually(lambda: "it burns" in self.text(".failed .note"))
+            self.show_the_key_field()
+            self.browser.run("document.querySelector('details').open = true")
+            found = self.browser.run(CONTRASTS)
+            self.assertGreater(len(found), 14)
+            self.assertEqual([each for each in found if each[1] < 4.5], [], scheme)
+            papers.add(self.browser.run("return getComputedStyle(document.body).backgroundColor"))
+        self.assertEqual(len(papers), 2)
+
+    def test_the_stream_is_followed_only_by_a_reader_at_its_end(self) -> None:
+        self.visit()
+        more, last = threading.Event(), threading.Event()
+        self.answers.append(Script([content("a\n" * 200), more, content("b\n" * 99), last, done()]))
+        self.browser.type("#text", "Q" + ENTER)
+        below = ("const {scrollHeight, scrollTop, clientHeight} = document.querySelector('main');"
+                 "return scrollHeight - scrollTop - clientHeight")
+        self.eventually(lambda: "a" in self.text("article div") and self.browser.run(below) < 2)
+        self.browser.run("document.querySelector('main').scrollTop = 50")
+        more.set()
+        self.eventually(lambda: "b" in self.text("article div"))
+        last.set()
+        self.becomes("#send", "Send")
+        self.assertEqual(self.browser.run("return document.querySelector('main').scrollTop"), 50)
+
+    def test_a_page_of_another_origin_neither_frames_nor_reads_it(self) -> None:
+        here = f"http://127.0.0.1:{self.port}/"
+        self.ollama.gets["/evil"] = Script([f"<iframe src='{here}'></iframe>".encode()], kind="text/html")
+        for site in ("127.0.0.1", "evil.example"):
+            self.browser.errors()
+            self.browser.post("/url", url=self.ollama.url.replace("127.0.0.1", site) + "/evil")
+            self.browser.post("/frame", id=0)
+            self.assertIs(self.browser.run("return document.querySelector('#text')"), None)
+            self.browser.post("/frame", id=None)
+            if site == "127.0.0.1":
+                self.assertIn("frame-ancestors 'none'", "".join(self.browser.errors()))
+        self.assertEqual(self.browser.run(
+            "return fetch(arguments[0], {headers: {accept: 'text/html'}})"
+            ".then(reply => reply.text(), error => error.name)", here), "TypeError")
 
 
 # ---- The demo ------------------------------------------------------------------------------------
