@@ -2519,7 +2519,6 @@ def native_fields(body: Body, path: str) -> JSON:
         reducer = SchemaReducer()
         fields["format"] = reducer.finish(reducer.read(form))
     if isinstance(fields.get("options"), dict):
-        fields["options"] = {**fields["options"]}
         refuse_batch(fields["options"], body.object("options"))
     return fields
 
@@ -2616,7 +2615,6 @@ def native_chunk(question: Question, events: Iterable[Event], index: int = 0) ->
 
 def native_stream(question: Question, events: Events) -> Frames:
     """Yield the chunks. Calls stand in the last one, or each before it, as they came."""
-    events = once_begun(events)
     text_line = prepared(lambda text: json_line(native_chunk(question, [Text(text)])))
     calls: List[Event] = []
     indexes = itertools.count()

@@ -4581,6 +4581,8 @@ class StoredResponsesTests(ServerCase):
         self.assertEqual(len({item["id"] for item in page["data"]}), 9)
         for item in page["data"]:
             self.assertRegex(item["id"], "^(msg|rs)_[0-9a-f]{24}$")
+            for part in item.get("content", ()):
+                self.assertEqual(part["type"], "output_text" if item["role"] == "assistant" else "input_text")
         self.assertEqual(texts("")[0], rows[::-1])
         self.assertEqual(texts("?limit=2")[0], rows[:-3:-1])
         walked: List[str] = []
@@ -4848,7 +4850,8 @@ class Native(ServerCase):
         for path, body in (
                 (API_CHAT, {"model": "plain"}), (API_CHAT, {"model": "plain", "messages": [], "keep_alive": 0}),
                 (API_GENERATE, {"model": "plain", "keep_alive": -1}), (API_GENERATE, {"model": "plain", "prompt": ""})):
-            self.check_passed(path, body, {**body, "stream": False}, loaded)
+            for stream in ({}, {"stream": True}, {"stream": None}):
+                self.check_passed(path, {**body, **stream}, {**body, "stream": False}, loaded)
         for path, body, answer in (
                 ("/api/embed", {"model": "plain", "input": ["a", 5], "dimensions": 4}, {"embeddings": [[0.1]]}),
                 ("/api/embeddings", {"model": "plain", "prompt": "a"}, {"embedding": [0.1]}),
@@ -4862,10 +4865,14 @@ class Native(ServerCase):
                      {"messages": [{"role": "user", "thinking": 5}]}, {"messages": USER, "tools": [5]}, {"messages": USER, "tools": "x"},
                      {"messages": [{"role": "tool", "tool_call_id": ["x"]}]},
                      {"messages": [{"role": "user", "images": [5]}]},
+                     {"messages": [{"role": "assistant", "tool_calls": [{"id": 5, "function": {"name": "a"}}]}]},
                      {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{}"}}]}]}):
             body = {"model": "plain", **body}
             stream = body.get("stream", False)
             self.check_passed(API_CHAT, body, {**body, "stream": stream}, refusal, 400)
+        for prompt in ({"prompt": "x", "images": [5]}, {"prompt": 5}):
+            asked = {"model": "plain", **prompt}
+            self.check_passed(API_GENERATE, asked, {**asked, "stream": False}, refusal, 400)
         self.check_passed(API_CHAT, {"messages": USER}, {"messages": USER, "model": "", "stream": True},
                           {"error": "model is required"}, 400)
 
@@ -4936,6 +4943,8 @@ class Native(ServerCase):
                     self.assertEqual({key: sent[key] for key in asked}, asked)
                     if question:
                         self.assertEqual(reply.headers.get("x-ignored-fields"), ignored)
+        reply = self.ask("POST", API_GENERATE, {"model": "plain", "prompt": "x", "template": "{{range 9}}"})
+        self.assertEqual((reply.status, reply.json["error"][:9]), (400, "template:"))
         for form in ({"$ref": "#"}, {"properties": 5}):
             reply = self.ask("POST", API_CHAT, {"model": "plain", "messages": USER, "format": form})
             self.assertEqual((reply.status, reply.json["error"][:7]), (400, "format."))
