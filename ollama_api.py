@@ -2793,9 +2793,10 @@ METRICS = {
     "cached_tokens_total": ("counter", "Those that came from the KV cache, where Ollama says so."),
     "completion_tokens_total": ("counter", "Tokens of answers."),
     "first_token_seconds": ("histogram", "Seconds from the request to the first token."),
-    "tools_total": ("counter", "Answers to requests that could call tools, by the way it took."),
+    "tools_total": ("counter", "Answers to requests with tools, by the way the tools took."),
     "ollama_up": ("gauge", "Whether Ollama answered when it was asked last.")}
-FIRST_TOKEN_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, float("inf"))
+FIRST_TOKEN_SECONDS = (
+    "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "300", "+Inf")
 METRICS_MODELS = 100
 
 
@@ -2804,8 +2805,8 @@ class Metrics:
         self.lock = threading.Lock()  # guards all below
         self.samples: Dict[str, Dict[str, float]] = {name: {} for name in METRICS}
         self.models: Set[str] = set()
-        for seconds in FIRST_TOKEN_SECONDS:
-            self.add("first_token_seconds", 0, "_bucket", le=f"{seconds:g}".replace("inf", "+Inf"))
+        for bound in FIRST_TOKEN_SECONDS:
+            self.add("first_token_seconds", 0, "_bucket", le=bound)
         for suffix in ("_sum", "_count"):
             self.add("first_token_seconds", 0, suffix)
         self.add("clients_left_total", 0)
@@ -2836,8 +2837,7 @@ class Metrics:
 
     def count_first(self, seconds: float) -> None:
         for bound in FIRST_TOKEN_SECONDS:
-            label = f"{bound:g}".replace("inf", "+Inf")
-            self.add("first_token_seconds", seconds <= bound, "_bucket", le=label)
+            self.add("first_token_seconds", seconds <= float(bound), "_bucket", le=bound)
         self.add("first_token_seconds", seconds, "_sum")
         self.add("first_token_seconds", 1, "_count")
 
@@ -5030,9 +5030,10 @@ def admit(request: Request, config: Config) -> None:
                             "one, start the server with --allow-host NAME.")
     origin = request.headers.get("origin")
     if origin is None:
-        if request.headers.get("sec-fetch-site") == "cross-site":
+        follows_link = wants_page(request) and request.headers.get("sec-fetch-dest") == "document"
+        if request.headers.get("sec-fetch-site") == "cross-site" and not follows_link:
             raise APIError(403, "Web pages of other sites are not served.")
-    elif not (may_read(origin, config) or is_ours(host, config) and origin.endswith("://" + host)):
+    elif not (may_read(origin, config) or is_page_of(host, origin, config)):
         raise APIError(403, "Web pages of other machines are not served, "
                             "except those of --allow-origin.")
 
@@ -5067,6 +5068,13 @@ def is_ours(host: str, config: Config) -> bool:
     known = [*CONTAINER_HOSTS, *map(hostname_in, config.allow_host)]
     known += [machine, short, short + ".local"] if short else []
     return is_loopback(host) or address_of(name) is not None or name in known
+
+
+def is_page_of(host: str, origin: str, config: Config) -> bool:
+    """Return whether an origin is this server itself. A page's owner on the same network may
+    answer for the names of containers, and then lead them here."""
+    return (is_ours(host, config) and hostname_in(host) not in CONTAINER_HOSTS
+            and origin in ("http://" + host, "https://" + host))
 
 
 def may_read(origin: str, config: Config) -> bool:
@@ -5220,6 +5228,7 @@ class Exchange(Client):
             kind = self.stream_fields.get("content-type", EVENT_STREAM)
             self.pending.append(FRAMING[kind](content))
             self.send_pending(end=True)
+            self.status = error.status  # for the log and the metrics: what was sent is 200
             return
         if error.retry_after is None:
             self.extra["x-should-retry"] = "false"
@@ -5347,12 +5356,12 @@ def reported(paths: Iterable[str]) -> List[str]:
     return kept + ["..."] * (len(kept) < len(fit))
 
 
-def put(stream: str, text: str) -> None:
+def put(stream: str, text: str, end: str = "\n") -> None:
     """Write a line to sys.stdout or sys.stderr at once. If it is closed or absent, do nothing."""
     file = getattr(sys, stream)
     try:
         if file is not None:
-            file.write(text + "\n")
+            file.write(text + end)
             file.flush()
     except BrokenPipeError:
         setattr(sys, stream, None)  # or what is left in it fails at exit: status 120
@@ -5548,7 +5557,7 @@ const page = {};  // its elements, by their ids
 for (const element of document.querySelectorAll("[id]")) page[element.id] = element;
 let history = [], image = "", running = null;  // messages; a data URL; what can stop the answer
 async function ask(path, body, signal) {  // a refusal becomes an Error in the server's own words
-  const key = String.fromCharCode(...new TextEncoder().encode(sessionStorage.key ?? ""));
+  const key = String.fromCharCode(...new TextEncoder().encode(sessionStorage.getItem("key") ?? ""));
   const post = body && {method: "POST", body: JSON.stringify(body)};
   const reply = await fetch(path, {headers: {"x-api-key": key}, signal, ...post})
     .catch(() => { throw Error("ollama_api.py does not answer. Does it still run?"); });
@@ -5650,7 +5659,7 @@ reader.onload = () => { compose(page.text.value, reader.result); page.file.value
 page.file.onchange = () => page.file.files[0] && reader.readAsDataURL(page.file.files[0]);
 page.attach.onclick = () => image ? compose(page.text.value, "") : page.file.click();
 page.fresh.onclick = () => location.assign("./");  // the conversation goes with the old page
-page.head.onchange = ({target: {id, value}}) => { sessionStorage[id] = value; look(); };
+page.head.onchange = ({target: {id, value}}) => { sessionStorage.setItem(id, value); look(); };
 addEventListener("pagehide", () => running?.abort());  // a page that is left may live on, frozen
 addEventListener("focus", () => page.model.value || look());  // Ollama may have come up
 look();
@@ -5842,15 +5851,16 @@ AGENT_WINDOW = 16384  # tokens that Claude Code and Codex need at least
 CHECK_TOOL: JSON = {"type": "function", "function": {
     "name": "get_time", "description": "Tell what time it is in a city.", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
-# To be pasted: {url} of the server, {model}, {window}.
+# To be pasted: {url} of the server, {key}, {model}, {window}.
 CHECK_LINES = """
-Claude Code  ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none ANTHROPIC_MODEL={model} \
+Claude Code  ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL={model} \
 CLAUDE_CODE_MAX_CONTEXT_TOKENS={window} claude
 Codex        codex -m {model} -c model_provider=local -c 'model_providers.local={{name="local", \
-base_url="{url}/v1", wire_api="responses"}}'
+base_url="{url}/v1", wire_api="responses", \
+experimental_bearer_token="{key}"}}'
 VS Code      "github.copilot.chat.byok.ollamaEndpoint": "{url}"
-Python       anthropic.Anthropic(base_url="{url}", api_key="none")
-Python       openai.OpenAI(base_url="{url}/v1", api_key="none")"""
+Python       anthropic.Anthropic(base_url="{url}", api_key="{key}")
+Python       openai.OpenAI(base_url="{url}/v1", api_key="{key}")"""
 
 
 class CheckFailed(Exception):
@@ -5892,7 +5902,7 @@ class Check:
             self.way = response.headers.get("x-tools", "")
             for line in response:
                 if line.startswith(b": ping"):
-                    yield "waiting ... "
+                    yield ". "
                 chunk = json.loads(line[6:]) if line.startswith(b"data: {") else {}
                 if "error" in chunk:
                     raise CheckFailed(chunk["error"]["message"])
@@ -5900,11 +5910,6 @@ class Check:
                     chunks.append((time.monotonic(), chunk))
                 if time.monotonic() > self.give_up:
                     break
-        if len(chunks) < 2:
-            raise CheckFailed(
-                f"no token within {self.config.check_seconds:g} s. The model is still being "
-                "loaded, or too large for this machine (`ollama ps` says): try again, or take a "
-                "smaller one.")
         return chunks
 
     def ollama(self) -> Iterator[str]:
@@ -5916,29 +5921,43 @@ class Check:
         if not models:
             raise CheckFailed("none is installed: ollama pull phi4")
         yield "; ".join(" ".join([model["id"], *model.get("capabilities", ())]) for model in models)
-        names = {tagged(model["id"]) for model in models}
-        if tagged(self.model) not in names and not self.config.alias:
-            self.model = models[0]["id"]
+        able = [model["id"] for model in models
+                if "completion" in model.get("capabilities", ["completion"])]
+        if not able:
+            raise CheckFailed("none of them can talk: ollama pull phi4")
+        if not self.names() & set(map(tagged, able)):
+            self.model = able[0]
             yield f" (there is no {self.config.model}: trying {self.model})"
 
     def answer(self) -> Iterator[str]:
         began = time.monotonic()
         chunks = yield from self.chat("Count from 1 to 30.", max_tokens=64)
+        if len(chunks) < 2:
+            raise CheckFailed(
+                f"no token within {self.config.check_seconds:g} s. The model is still being "
+                "loaded, or too large for this machine (`ollama ps` says): try again, or take a "
+                "smaller one.")
         first, last = chunks[1][0], chunks[-1][0]
         usage = chunks[-1][1].get("usage") or {"completion_tokens": len(chunks)}
         rate = usage["completion_tokens"] / max(last - first, 1e-3)
         yield f"first token after {first - began:.1f} s, then {rate:.1f} tokens/s"
 
-    def memory(self) -> Iterator[str]:
+    def names(self) -> Set[str]:
+        """Return the names that the server tries for the model."""
         with Ollama(self.server, Client()) as ollama:
-            names = ollama.names(self.model)
-        loaded = [model for model in self.get("/api/ps")["models"]
-                  if any(is_named(model, name) for name in names)]
+            return set(map(tagged, ollama.names(self.model)))
+
+    def memory(self) -> Iterator[str]:
+        loaded = []
+        with contextlib.suppress(CheckFailed):  # an old Ollama has no /api/ps
+            loaded = [model for model in models_in(self.get("/api/ps"))
+                      if tagged(model_name(model)) in self.names()]
         if not loaded:
             yield "Ollama does not say where the model is"
             return
-        share = 100 * loaded[0].get("size_vram", 0) / (loaded[0].get("size") or 1)
-        self.window = loaded[0].get("context_length", 0)
+        size = ollama_field(loaded[0], "size", 0) or 1
+        share = 100 * ollama_field(loaded[0], "size_vram", 0) / size
+        self.window = ollama_field(loaded[0], "context_length", 0)
         yield f"{share:.0f} % of the model are on the GPU"
 
     def context(self) -> Iterator[str]:
@@ -5951,31 +5970,37 @@ class Check:
         chunks = yield from self.chat("What time is it in Paris? Call the tool.", max_tokens=200,
                                       tools=[CHECK_TOOL])
         deltas = [choice["delta"] for _, chunk in chunks for choice in chunk["choices"]]
-        called = any("tool_calls" in delta for delta in deltas)
-        yield f"a call came back ({self.way})" if called else (
-            "no call came back: for an agent, take a model that was made for tools")
+        if any("tool_calls" in delta for delta in deltas):
+            yield f"a call came back ({self.way})"
+        elif time.monotonic() > self.give_up:
+            yield "no call came back in the time that was left: too slow for an agent"
+        else:
+            yield "no call came back: for an agent, take a model that was made for tools"
 
 
 def check(config: Config) -> int:
     """Print what Ollama and the model can do here. Return the exit status."""
-    url = f"http://127.0.0.1:{config.port}"
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    host = f"[{host}]" if ":" in host else host
+    url = f"http{'s' if config.tls_cert else ''}://{host}:{config.port}"
+    key = "YOUR_KEY" if config.api_key else "none"
     config = dataclasses.replace(config, host="127.0.0.1", port=0, api_key=(), tls_cert="", ping=2)
     server = Server(config)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    sys.stderr = None  # type: ignore[assignment]  # the log would come between the lines
     asker = Check(server)
-    for title, step in (("Ollama", asker.ollama), ("models", asker.models),
-                        ("answer", asker.answer), ("GPU", asker.memory),
-                        ("window", asker.context), ("tools", asker.tools)):
-        print(f"{title:<12} ", end="", flush=True)
-        try:
-            for piece in step():
-                print(piece, end="", flush=True)
-        except (CheckFailed, OSError) as failed:
-            print(f" FAILED: {failed}", flush=True)
-            return 1
-        print(flush=True)
-    print(CHECK_LINES.format(url=url, model=asker.model, window=asker.window))
+    with contextlib.redirect_stderr(None):  # the log would come between the lines
+        for title, step in (("Ollama", asker.ollama), ("models", asker.models),
+                            ("answer", asker.answer), ("GPU", asker.memory),
+                            ("window", asker.context), ("tools", asker.tools)):
+            put("stdout", f"{title:<12} ", end="")
+            try:
+                for piece in step():
+                    put("stdout", piece, end="")
+            except (CheckFailed, APIError, OSError) as failed:
+                put("stdout", f" FAILED: {getattr(failed, 'message', failed)}")
+                return 1
+            put("stdout", "")
+    put("stdout", CHECK_LINES.format(url=url, key=key, model=asker.model, window=asker.window))
     return 0
 
 
