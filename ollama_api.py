@@ -5880,7 +5880,7 @@ class Check:
         method, data = ("GET", None) if body is None else ("POST", dumps(body).encode())
         connection = http.client.HTTPConnection("127.0.0.1", self.server.server_address[1],
                                                 timeout=10)
-        connection.request(method, path, data)
+        connection.request(method, path, data, {"Connection": "close"})
         response = connection.getresponse()
         if response.status != 200:
             found = json.loads(response.read())
@@ -5986,9 +5986,11 @@ def check(config: Config) -> int:
     key = "YOUR_KEY" if config.api_key else "none"
     config = dataclasses.replace(config, host="127.0.0.1", port=0, api_key=(), tls_cert="", ping=2)
     server = Server(config)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     asker = Check(server)
-    with contextlib.redirect_stderr(None):  # the log would come between the lines
+    # The log would come between the lines.
+    with contextlib.redirect_stderr(None), contextlib.ExitStack() as ending:
+        ending.callback(server.drain)
         for title, step in (("Ollama", asker.ollama), ("models", asker.models),
                             ("answer", asker.answer), ("GPU", asker.memory),
                             ("window", asker.context), ("tools", asker.tools)):
