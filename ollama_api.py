@@ -648,31 +648,35 @@ def bounded(digits: str) -> int:
 
 
 READER = json.JSONDecoder(parse_constant=not_json, parse_float=finite, parse_int=bounded)
-STRINGS = re.compile(rb'"[^"]*"?')
-NO_BRACKETS = bytes({*range(256)} - {*b"[]{}"})
-STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes, 1 and -1
 
 
 def strict_json(data: bytes, depth: int) -> Any:
     """Parse JSON (RFC 8259) that nests at most `depth` levels, as strictly as Ollama: no NaN,
     no Infinity, no lone surrogate. Of equal keys the last counts. ValueError says what is wrong."""
-    if too_deep(data, depth):
-        raise ValueError(f"it is nested deeper than {depth} levels")
-    value = READER.decode(data.decode("utf-8-sig"))  # Windows likes to begin with a mark
-    if b"\\u" in data:
-        json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
+    try:
+        value = READER.decode(data.decode("utf-8-sig"))  # Windows likes to begin with a mark
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {depth} levels") from None
+    check_values(value, depth)
     return value
 
 
-def too_deep(data: bytes, most: int) -> bool:
-    """Return whether brackets nest deeper than `most`: json.loads might exhaust the stack. Linear
-    in the length for any input. Unbalanced brackets are left for json.loads to reject."""
-    if data.count(b"[") + data.count(b"{") <= most:  # the fast path: one screenshot
-        return False
-    strings = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    steps = STRINGS.sub(b"", strings).translate(STEPS, NO_BRACKETS)
-    depths = itertools.accumulate(memoryview(steps).cast("b"))
-    return bool(steps) and max(depths) > most
+def check_values(value: Any, depth: int) -> None:
+    """Raise ValueError if values nest deeper than `depth` levels, or if a text has a lone surrogate.
+    This looks at each value once, level by level: to recurse would take a stack."""
+    level = [[value]]
+    for _ in range(depth + 1):
+        inside: List[Any] = []
+        for outer in level:
+            inside += outer  # the keys, if it is an object
+            inside += outer.values() if isinstance(outer, dict) else ()
+        for text in inside:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
+        level = [each for each in inside if isinstance(each, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {depth} levels")
 
 
 # ---- Messages and calls --------------------------------------------------------------------------

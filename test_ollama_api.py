@@ -923,8 +923,9 @@ BAD_JSON = [
     (CHAT, b'{"temperature": -Infinity}', "The body is not JSON: -Infinity is not JSON."),
     (CHAT, b'{"system": "\xff"}', "The body is not JSON: 'utf-8' codec can't decode"),
     (CHAT, b'{"system": "\\ud800"}', "The body is not JSON: 'utf-8' codec can't encode"),
-    (CHAT, b"[" * 201 + b'"' + b'\\"' * 30_000,
-     "The body is not JSON: it is nested deeper than 200 levels."),
+    (CHAT, b"[" * 201 + b'"' + b'\\"' * 30_000, "The body is not JSON: Unterminated string"),
+    (CHAT, b'{"\\ud800": 1}', "The body is not JSON: 'utf-8' codec can't encode"),
+    (CHAT, b'[[{"a": ["\\udc00\\ud800"]}]]', "The body is not JSON: 'utf-8' codec can't encode"),
     (CHAT, b"[" * 100000, "The body is not JSON: it is nested deeper than 200 levels."),
     (CHAT, b'{"a":' * 201 + b"1" + b"}" * 201, "The body is not JSON: it is nested deeper than 200 levels."),
     (MESSAGES, b"{", "The body is not JSON: Expecting property name"),
@@ -936,15 +937,22 @@ class Bodies(ServerCase):
     def test_a_body_that_is_no_json_object_is_a_400(self) -> None:
         self.check_refusals(BAD_JSON)
 
-    def test_how_deep_brackets_are_nested(self) -> None:
-        for data, deeper in (
-                (b'["' + b"[" * 300 + b'"]', False), (b'["\\""' + b"[" * 300, True),
-                (b'["\\\\"' + b"[" * 300, True), (b'["\\"' + b"[" * 300 + b'"]', False),
-                (b'["\\\\\\"' + b"[" * 300 + b'"]', False), (b'["a"' + b"[" * 300, True),
-                (b"[]" * 300, False), (b"[{" * 100 + b"}]" * 100, False),
-                (b"[{" * 101 + b"}]" * 101, True), (b'"' + b"[" * 300 + b'"', False)):
+    def test_how_deep_values_are_nested(self) -> None:
+        deeper = "it is nested deeper than 200 levels"
+        for data, problem in (
+                ('["' + "[" * 300 + '"]', ""), ('["\\"' + "[" * 300 + '"]', ""), ("5", ""),
+                ("[" + "[]," * 300 + "[]]", ""), ("[" * 200 + "]" * 200, ""),
+                ("[" * 201 + "]" * 201, deeper), ('[{"a":' * 100 + "1" + "}]" * 100, ""),
+                ('[{"a":' * 100 + "{}" + "}]" * 100, deeper), ("[" * 900 + "]" * 900, deeper),
+                ('{"a": [' + "{}," * 300 + "[" * 198 + '"\\ud83d\\ude00"' + "]" * 199 + "}", ""),
+                ('{"a": [' + "{}," * 300 + "[" * 199 + "]" * 200 + "}", deeper)):
             with self.subTest(data[:20]):
-                self.assertEqual(ollama_api.too_deep(data, 200), deeper)
+                told = ""
+                try:
+                    self.assertEqual(ollama_api.strict_json(data.encode(), 200), json.loads(data))
+                except ValueError as error:
+                    told = str(error)
+                self.assertEqual(told, problem)
 
     def test_the_depth_of_a_server_holds_for_all_json_that_it_reads(self) -> None:
         self.port = self.serve(json_depth=9).server_address[1]
