@@ -611,24 +611,23 @@ def base64_text(field: Field, start: int = 0) -> str:
     """Return the base64 after `start` in a string, in the plain form that Ollama reads (RFC 4648,
     4). Line breaks, URL-safe letters and missing padding lose nothing: they are accepted."""
     data: str = field.value[start:]
-    problem = base64_problem(data)
-    if problem:
+    if not is_base64(data):
         data = re.sub(r"\s+", "", urllib.parse.unquote(data)).rstrip("=")
         data = data.replace("-", "+").replace("_", "/") + "=" * (-len(data) % 4)
-        problem = base64_problem(data)
-    if problem:
-        raise field.invalid(f"is not base64: {problem}")
+        if not is_base64(data):
+            raise field.invalid("is not base64")
     if not data:
         raise field.invalid(EMPTY)
     return data
 
 
-def base64_problem(text: str) -> Optional[str]:
-    try:
-        base64.b64decode(text, validate=True)
-    except ValueError as error:
-        return str(error)
-    return "Incorrect padding" if len(text) % 4 else None
+BASE64 = (string.ascii_letters + string.digits + "+/").encode()
+
+
+def is_base64(text: str) -> bool:
+    """Return whether a text is base64. To decode a screenshot would take six times as long."""
+    rest = text.encode().translate(None, BASE64).decode("latin-1")
+    return len(text) % 4 == 0 and rest in ("", "=", "==") and text.endswith(rest)
 
 
 def list_of(value: Any) -> List[Any]:
