@@ -1086,6 +1086,9 @@ def messages_turn(turn: Field) -> Messages:
 def messages_parts(owner: Field, name: str, role: str) -> Parts:
     """Yield the parts of the content blocks in a field, whose key is one of message_of's, or
     `before` for a whole message, or `summary`. Unknown blocks are dropped."""
+    if isinstance(owner.value.get(name), str):  # as most are
+        yield "content", owner.value[name]
+        return
     for block in owner.blocks(name):
         block_type = block.need("type", str)
         if block_type in FOREIGN_BLOCKS:
@@ -1330,6 +1333,9 @@ PartReaders = Dict[str, Tuple[Sequence[str], Callable[[Field], Part]]]
 
 
 def openai_parts(owner: Field, name: str, role: str, readers: PartReaders) -> Parts:
+    if isinstance(owner.value.get(name), str):  # as most are
+        yield "content", owner.value[name]
+        return
     known = [key for key, (roles, _) in readers.items() if role in roles]
     for part in owner.blocks(name):
         _, read = readers[part.one_of("type", known)]
@@ -1499,9 +1505,10 @@ CHAT_PARTS: PartReaders = {
 
 def chat_request(body: Body) -> ChatQuestion:
     body.need("messages", list)
-    speakers = {turn.get("name", str) for turn in body.each("messages")
+    fields = list(body.each("messages"))
+    speakers = {turn.get("name", str) for turn in fields
                 if turn.value.get("role") == "user"} - {None, ""}
-    turns = [chat_turn(turn, len(speakers) > 1) for turn in body.each("messages")]
+    turns = [chat_turn(turn, len(speakers) > 1) for turn in fields]
     if not turns:
         raise body.at("messages").invalid(EMPTY)
     system = message_of("system", openai_parts(body, "system", "system", CHAT_PARTS))
