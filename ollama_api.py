@@ -4018,7 +4018,7 @@ TOKENIZERS = {  # how the names of a family's models begin, letters and digits o
 # How far the costs of another model may be from what these five have in common
 DEVIATIONS = (0.08, 0.08, 0.1, 0.06, 0.1, 0.1, 0.08, 0.08, 0.12, 0.08, 0.7, 8.0, 5.0, 4.0, 0)
 RATES_KEPT = 1000  # models; with an alias for *, clients invent names
-SAMPLE = 64, 4096  # pieces of a long text, and bytes of each
+SAMPLE = 256, 256  # pieces of a long text, and bytes of each
 
 Vector = Sequence[float]  # of a number for each of COSTS
 
@@ -4099,16 +4099,16 @@ def amounts_in(body: Prompt) -> Vector:
     for message in messages:
         texts += [message["content"], message.get("thinking", "")]
         texts += map(plain_json, message.get("tool_calls", ()))
-    text = weights_of("\n".join(filter(None, texts)))
-    of_tools = weights_of("\n".join(map(plain_json, tools)))
+    text = weights_of(texts)
+    of_tools = weights_of(map(plain_json, tools))
     without_system = not messages or messages[0]["role"] != "system"
     return [*(text[cost] for cost in COSTS[:9]), sum(of_tools.values()), len(messages) or 1,
             bool(tools), 1, without_system, images_in(body)]
 
 
-def weights_of(text: str) -> Dict[str, float]:
-    """Return what a text weighs, for each of the costs. Of a long one, pieces are weighed."""
-    data = text.encode()
+def weights_of(texts: Iterable[str]) -> Dict[str, float]:
+    """Return what texts weigh, for each of the costs. If they are long, pieces are weighed."""
+    data = b"\n".join([text.encode() for text in texts if text])
     pieces, size = SAMPLE
     step = len(data) // pieces
     sample = data if step <= size else b"".join(
