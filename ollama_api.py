@@ -4907,7 +4907,8 @@ class Incoming:
     def read_exactly(self, size: int) -> bytes:
         while len(self.buffer) < size:
             self.receive()
-        data = bytes(self.buffer[:size])
+        with memoryview(self.buffer) as view:  # a slice of the buffer would be one more copy
+            data = bytes(view[:size])
         del self.buffer[:size]
         return data
 
