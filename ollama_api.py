@@ -191,7 +191,7 @@ class Config:
     idle_seconds: float = 60
     write_seconds: float = 30  # without progress: then a client counts as gone
     linger_seconds: float = 2  # for a refusal to arrive before the connection closes
-    max_running: int = 256  # requests
+    max_running: int = 1024  # requests; Ollama itself queues 512
     max_connections: int = 4096  # a thread each
     backlog: int = 1024  # with 5, seven of ten bursts of 200 clients failed
     connect_seconds: float = 5  # to Ollama
