@@ -2932,6 +2932,7 @@ def pattern_of(path: str) -> Pattern[str]:
 PATTERNS = tuple((pattern_of(route.path), route) for route in ROUTES)
 
 
+@functools.lru_cache(64)  # a request asks twice, and most have one of a few paths
 def routes_for(path: str) -> List[Tuple[Route, str]]:
     """Return the rows that have this path, each with what stands for {id} in it."""
     plain = without_v1(path)
@@ -5056,6 +5057,7 @@ def hostname_in(text: str) -> str:
     return re.sub(r"\.$", "", text.strip("[]").lower())
 
 
+@functools.lru_cache(64)
 def address_of(name: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(name)
