@@ -4086,7 +4086,8 @@ class TokenRates:
             return
         with self.lock:
             costs = self.costs.pop(name, None) or Costs(name)
-            costs.learn(amounts, tokens)
+            if abs(tokens - expected) > 0.02 * tokens:  # it takes a twentieth of a millisecond
+                costs.learn(amounts, tokens)
             self.costs[name] = costs
             if len(self.costs) > RATES_KEPT:
                 del self.costs[next(iter(self.costs))]
