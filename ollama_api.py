@@ -85,6 +85,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -2805,32 +2806,28 @@ METRICS = {
     "first_token_seconds": ("histogram", "Seconds from the request to the first token."),
     "tools_total": ("counter", "Answers to requests with tools, by the way the tools took."),
     "ollama_up": ("gauge", "Whether Ollama answered when it was asked last.")}
-FIRST_TOKEN_SECONDS = (
-    "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "300", "+Inf")
+FIRST_TOKEN_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, float("inf"))
 METRICS_MODELS = 100
+Labels = Tuple[Tuple[str, str], ...]  # (name, value)
 
 
 class Metrics:
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards all below
-        self.samples: Dict[str, Dict[str, float]] = {name: {} for name in METRICS}
+        self.samples: Dict[str, Dict[Labels, float]] = {name: {} for name in METRICS}
         self.models: Set[str] = set()
-        for bound in FIRST_TOKEN_SECONDS:
-            self.add("first_token_seconds", 0, "_bucket", le=bound)
-        for suffix in ("_sum", "_count"):
-            self.add("first_token_seconds", 0, suffix)
+        self.first_tokens = [0] * len(FIRST_TOKEN_SECONDS)  # in each bucket
+        self.first_seconds = 0.0  # of all of them
         self.add("clients_left_total", 0)
 
-    def add(self, name: str, value: float, suffix: str = "", **labels: str) -> None:
+    def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a sample. The lock is held, or nobody else knows this object."""
-        escapes = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
-        texts = (f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
-        sample = suffix + (f"{{{','.join(texts)}}}" if labels else "")
-        self.samples[name][sample] = self.samples[name].get(sample, 0) + value
+        sample, samples = tuple(labels.items()), self.samples[name]
+        samples[sample] = samples.get(sample, 0) + value
 
     def set_up(self, up: bool) -> None:
         with self.lock:
-            self.samples["ollama_up"][""] = float(up)
+            self.samples["ollama_up"][()] = float(up)
 
     def count(self, exchange: Exchange) -> None:
         """Count a request that has ended."""
@@ -2846,10 +2843,8 @@ class Metrics:
                 self.count_tokens(ollama.model, ollama.finish)
 
     def count_first(self, seconds: float) -> None:
-        for bound in FIRST_TOKEN_SECONDS:
-            self.add("first_token_seconds", seconds <= float(bound), "_bucket", le=bound)
-        self.add("first_token_seconds", seconds, "_sum")
-        self.add("first_token_seconds", 1, "_count")
+        self.first_tokens[bisect.bisect_left(FIRST_TOKEN_SECONDS, seconds)] += 1
+        self.first_seconds += seconds
 
     def count_tokens(self, model: str, finish: Finish) -> None:
         if len(self.models) < METRICS_MODELS:
@@ -2862,14 +2857,29 @@ class Metrics:
 
     def text(self, running: int) -> str:
         with self.lock:
-            self.samples["requests_running"][""] = running
+            self.samples["requests_running"][()] = running
             lines = []
             for name, (kind, meaning) in METRICS.items():
                 full = "ollama_api_" + name
                 lines += [f"# HELP {full} {meaning}", f"# TYPE {full} {kind}"]
-                lines += [f"{full}{sample} {value:.17g}"
-                          for sample, value in self.samples[name].items()]
+                samples = self.histogram() if kind == "histogram" else (
+                    ("", labels, value) for labels, value in self.samples[name].items())
+                lines += [f"{full}{suffix}{shown_labels(labels)} {value:.17g}"
+                          for suffix, labels, value in samples]
         return "\n".join(lines) + "\n"
+
+    def histogram(self) -> Iterator[Tuple[str, Labels, float]]:
+        counts = list(itertools.accumulate(self.first_tokens))
+        for bound, count in zip(FIRST_TOKEN_SECONDS, counts):
+            yield "_bucket", (("le", f"{bound:g}".replace("inf", "+Inf")),), count
+        yield "_sum", (), self.first_seconds
+        yield "_count", (), counts[-1]
+
+
+def shown_labels(labels: Labels) -> str:
+    escapes = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+    texts = (f'{label}="{text.translate(escapes)}"' for label, text in labels)
+    return f"{{{','.join(texts)}}}" if labels else ""
 
 
 def get_metrics(context: Context) -> Reply:
