@@ -5087,11 +5087,12 @@ def is_loopback(host: str) -> bool:
 def is_ours(host: str, config: Config) -> bool:
     """Return whether a Host means this machine, and is no name that a page's owner could choose."""
     name = hostname_in(host)
+    if is_loopback(host) or address_of(name) is not None:
+        return True
     machine = socket.gethostname().lower()
     short = machine.partition(".")[0]
     known = [*CONTAINER_HOSTS, *map(hostname_in, config.allow_host)]
-    known += [machine, short, short + ".local"] if short else []
-    return is_loopback(host) or address_of(name) is not None or name in known
+    return name in known or bool(short) and name in (machine, short, short + ".local")
 
 
 def is_page_of(host: str, origin: str, config: Config) -> bool:
