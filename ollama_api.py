@@ -699,6 +699,11 @@ def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
     return message
 
 
+def is_plain(message: Field) -> bool:
+    """Return whether a message is a role and a text, as most are: there is nothing else to read."""
+    return len(message.value) == 2 and isinstance(message.value.get("content"), str)
+
+
 def joined(*messages: OllamaMessage) -> OllamaMessage:
     """Return one message for several of the same role."""
     parts: List[Part] = []
@@ -1064,6 +1069,11 @@ def messages_error(error: APIError, request_id: str) -> JSON:
 def messages_turn(turn: Field) -> Messages:
     """Translate one of `messages`. Tool results in it become messages before the rest."""
     role = turn.one_of("role", ("user", "assistant", "system"))
+    if is_plain(turn):
+        if role == "user":
+            turn.body.history.end_turn()
+        yield {"role": role, "content": turn.value["content"]}
+        return
     for name, ours in (("tool_calls", "tool_use"), ("tool_call_id", "tool_result")):
         if turn.value.get(name):
             raise turn.at(name).invalid(f"is OpenAI's: Messages has blocks of type {ours}")
@@ -1087,9 +1097,6 @@ def messages_turn(turn: Field) -> Messages:
 def messages_parts(owner: Field, name: str, role: str) -> Parts:
     """Yield the parts of the content blocks in a field, whose key is one of message_of's, or
     `before` for a whole message, or `summary`. Unknown blocks are dropped."""
-    if isinstance(owner.value.get(name), str):  # as most are
-        yield "content", owner.value[name]
-        return
     for block in owner.blocks(name):
         block_type = block.need("type", str)
         if block_type in FOREIGN_BLOCKS:
@@ -1334,9 +1341,6 @@ PartReaders = Dict[str, Tuple[Sequence[str], Callable[[Field], Part]]]
 
 
 def openai_parts(owner: Field, name: str, role: str, readers: PartReaders) -> Parts:
-    if isinstance(owner.value.get(name), str):  # as most are
-        yield "content", owner.value[name]
-        return
     known = [key for key, (roles, _) in readers.items() if role in roles]
     for part in owner.blocks(name):
         _, read = readers[part.one_of("type", known)]
@@ -1548,6 +1552,10 @@ def chat_question(body: Body, asked: OllamaRequest) -> ChatQuestion:
 def chat_turn(turn: Field, named: bool) -> OllamaMessage:
     """Translate one of `messages`. If `named`, several people speak: their texts say who."""
     role = OPENAI_ROLES[turn.one_of("role", OPENAI_ROLES)]
+    if role == "user":
+        turn.body.history.end_turn()
+    if role != "tool" and is_plain(turn):
+        return {"role": role, "content": turn.value["content"]}
     if role not in ("assistant", "tool"):
         turn.need("content", object)
     turn.ignore_others("role", "content", *CHAT_TURN_FIELDS[role])
@@ -1559,12 +1567,10 @@ def chat_turn(turn: Field, named: bool) -> OllamaMessage:
     if role == "tool":
         message["content"] = message["content"] or NO_TEXT
         message.update(turn.body.history.result(turn, "tool_call_id", name))
-    if role == "user":
-        turn.body.history.end_turn()
-        if name and named:
-            message["content"] = f"{name}: {message['content']}"
-        elif name:
-            turn.at("name").ignore()
+    if role == "user" and name and named:
+        message["content"] = f"{name}: {message['content']}"
+    elif role == "user" and name:
+        turn.at("name").ignore()
     return message
 
 
