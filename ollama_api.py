@@ -308,6 +308,7 @@ Messages = Iterator[OllamaMessage]
 Frames = Iterator[bytes]
 Choice = Tuple[str, List["Tool"]]  # see choose
 Response = http.client.HTTPResponse  # of Ollama
+Data = Union[bytes, bytearray]
 
 
 @dataclass
@@ -511,7 +512,7 @@ class Body(Field):
     """Hold the whole body of a request, the tool calls read so far, and what had no effect."""
     __slots__ = "config", "history", "ignored", "sent"
 
-    def __init__(self, value: JSON, config: Config, sent: bytes = b"") -> None:
+    def __init__(self, value: JSON, config: Config, sent: Data = b"") -> None:
         super().__init__(value, None, "")
         self.body, self.config, self.sent = self, config, sent
         self.history = History()
@@ -650,7 +651,7 @@ def bounded(digits: str) -> int:
 READER = json.JSONDecoder(parse_constant=not_json, parse_float=finite, parse_int=bounded)
 
 
-def strict_json(data: bytes, depth: int) -> Any:
+def strict_json(data: Data, depth: int) -> Any:
     """Parse JSON (RFC 8259) that nests at most `depth` levels, as strictly as Ollama: no NaN,
     no Infinity, no lone surrogate. Of equal keys the last counts. ValueError says what is wrong."""
     try:
@@ -662,9 +663,9 @@ def strict_json(data: bytes, depth: int) -> Any:
 
 
 def check_values(value: Any, depth: int) -> None:
-    """Raise ValueError if values nest deeper than `depth` levels, or if a text has a lone surrogate.
+    """Raise ValueError if values nest deeper than `depth` levels, or a text has a lone surrogate.
     This looks at each value once, level by level: to recurse would take a stack."""
-    level = [[value]]
+    level: List[Any] = [[value]]
     for _ in range(depth + 1):
         inside: List[Any] = []
         for outer in level:
@@ -1863,7 +1864,7 @@ def create_response(context: Context) -> Reply:
     stored, key = context.server.stored, context.request.key
     question = responses_request(context.body, stored.of(key))
     if question.echo["store"]:
-        question.keep = functools.partial(stored.keep, key, context.body, context.body.sent)
+        question.keep = functools.partial(stored.keep, key, context.body, bytes(context.body.sent))
     stream = ResponseStream(question)
     return context.ask(question, responses_reply,
                        lambda _, events: stream.frames(events), stream.pings())
@@ -4721,7 +4722,7 @@ def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) ->
         wait(wanted)
 
 
-def send_all(sock: socket.socket, data: Union[bytes, bytearray],
+def send_all(sock: socket.socket, data: Data,
              wait: Callable[[int], None]) -> None:
     """Send all of `data`. Unlike sendall's, a timeout in `wait` applies to each step."""
     view = memoryview(data)
@@ -4922,15 +4923,17 @@ class Incoming:
             pass
         return False
 
-    def read_exactly(self, size: int) -> bytes:
+    def read_exactly(self, size: int) -> Data:
         while len(self.buffer) < size:
             self.receive()
-        with memoryview(self.buffer) as view:  # a slice of the buffer would be one more copy
-            data = bytes(view[:size])
+        if len(self.buffer) == size:  # nothing follows, as after most bodies: they may be large
+            data, self.buffer = self.buffer, bytearray()
+            return data
+        data = self.buffer[:size]
         del self.buffer[:size]
         return data
 
-    def read_until(self, mark: bytes, limit: int) -> bytes:
+    def read_until(self, mark: bytes, limit: int) -> Data:
         """Return what comes before `mark`; 431 if that is more than `limit` bytes."""
         start = 0
         while True:
@@ -4966,7 +4969,7 @@ def read_head(incoming: Incoming, config: Config) -> Request:
     return Request(method, path, headers, version, query)
 
 
-def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:
+def read_fields(fields: Iterable[Data]) -> Dict[str, str]:
     """Parse header fields. The names are in lower case, repeated values are joined."""
     headers: Dict[str, str] = {}
     for field in fields:
@@ -4998,7 +5001,7 @@ def body_length(request: Request) -> Optional[int]:
     return None
 
 
-def read_body(incoming: Incoming, length: Optional[int], config: Config) -> bytes:
+def read_body(incoming: Incoming, length: Optional[int], config: Config) -> Data:
     """Read a body of `length` bytes, or a chunked one (RFC 9112, 7.1)."""
     incoming.set_deadline(config.body_seconds, 1e6)
     if length is not None:
@@ -5019,7 +5022,7 @@ def read_body(incoming: Incoming, length: Optional[int], config: Config) -> byte
     for _ in range(config.head_fields):
         trailer = incoming.read_until(b"\r\n", config.head_bytes)
         if not trailer:
-            return bytes(body)
+            return body
         read_fields([trailer])
     raise APIError(431, "There are too many trailer fields.")
 

@@ -3,9 +3,9 @@
 
     python .ci/bench.py [--seconds N]     N: how long each measurement lasts, 2 by default
 
-Three processes: this one is the clients, one is a lean Ollama, one is the server, started by README's
-own command with default options. The same question goes to Ollama itself and to three dialects, in
-alternating rounds; the table has medians.
+Three processes: this one is the clients, one is a lean Ollama, one is the server, started by
+README's own command with default options. The same question goes to Ollama itself and to three
+dialects, in alternating rounds; the table has medians.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ollama_api
 from test_ollama_api import (API_CHAT, CHAT, MESSAGES, PATIENCE, USER, content, done, offer,
                              processor_seconds, refuses)
 
+HERE = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "ollama_api.py")  # README's; the environment says the rest
 JSON = Dict[str, Any]
 PROSE = "The quick brown fox jumps over the lazy dog. " * 78  # 3.5 KB
@@ -164,8 +164,8 @@ class Target:
         """Return an image of 5 MB in base64."""
         message: JSON = {"role": "user", "content": "What is this?", "images": [IMAGE]}
         if self.path == CHAT:
-            url = "data:image/png;base64," + IMAGE
-            message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+            url = {"url": "data:image/png;base64," + IMAGE}
+            message = {"role": "user", "content": [{"type": "image_url", "image_url": url}]}
         if self.path == MESSAGES:
             source = {"type": "base64", "media_type": "image/png", "data": IMAGE}
             message = {"role": "user", "content": [{"type": "image", "source": source}]}
