@@ -326,8 +326,7 @@ class Bench:
             with socket.create_connection(("127.0.0.1", target.port)) as sock:
                 for _ in range(3):
                     self.note(f"{name}, ms", target, 1000 * answered(sock, request)[1])
-                    if target.pid:
-                        self.note(f"{name}: its floor, ms", target, 1000 * floor(body))
+                    self.note(f"{name}: its floor, ms", target, 1000 * floor(body))
 
     def saturated(self, target: Target, clients: int) -> None:
         tokens = int(20_000 * self.seconds) // clients
