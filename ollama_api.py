@@ -4036,7 +4036,7 @@ TOKENIZERS = {  # how the names of a family's models begin, letters and digits o
 # How far the costs of another model may be from what these five have in common
 DEVIATIONS = (0.08, 0.08, 0.1, 0.06, 0.1, 0.1, 0.08, 0.08, 0.12, 0.08, 0.7, 8.0, 5.0, 4.0, 0)
 RATES_KEPT = 1000  # models; with an alias for *, clients invent names
-SAMPLE = 256, 256  # pieces of a long text, and bytes of each
+SAMPLE = 256, 256  # pieces of a long text, and letters of each
 
 Vector = Sequence[float]  # of a number for each of COSTS
 
@@ -4127,12 +4127,13 @@ def amounts_in(body: Prompt) -> Vector:
 
 def weights_of(texts: Iterable[str]) -> Dict[str, float]:
     """Return what texts weigh, for each of the costs. If they are long, pieces are weighed."""
-    data = b"\n".join([text.encode() for text in texts if text])
+    text = "\n".join(filter(None, texts))
     pieces, size = SAMPLE
-    step = len(data) // pieces
-    sample = data if step <= size else b"".join(
-        data[start:start + size] for start in range(0, step * pieces, step))
-    scale = len(data) / len(sample) if sample else 1
+    step = len(text) // pieces
+    some = text if step <= size else "".join(
+        text[start:start + size] for start in range(0, step * pieces, step))
+    scale = len(text) / len(some) if some else 1
+    sample = some.encode()
     plain = sample.isascii()  # as most are: a third of the cost
     marked = {letters: sample.translate(table) for letters, table in TABLES.items()
               if sample and not (plain and letters[0] > 127)}
