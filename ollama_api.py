@@ -702,7 +702,8 @@ def message_of(role: str, parts: Iterable[Part]) -> OllamaMessage:
 
 def is_plain(message: Field) -> bool:
     """Return whether a message is a role and a text, as most are: there is nothing else to read."""
-    return len(message.value) == 2 and isinstance(message.value.get("content"), str)
+    value = message.value
+    return len(value) == 2 and "role" in value and isinstance(value.get("content"), str)
 
 
 def joined(*messages: OllamaMessage) -> OllamaMessage:
@@ -2564,14 +2565,17 @@ def native_request(body: Body, fields: JSON, path: str) -> Question:
 def native_message(turn: Field) -> OllamaMessage:
     """Return a message that has at least a role and content; 400 if it has wrong types."""
     turn.value = native_names(turn.value)
-    for name in ("role", "content", "thinking", "tool_name", "tool_call_id"):
+    role = (turn.get("role", str) or "").lower()
+    if is_plain(turn):
+        return {"role": role, "content": turn.value["content"]}
+    for name in ("content", "thinking", "tool_name", "tool_call_id"):
         turn.get(name, str)
     list(turn.each("images", str))
     given = {name: value for name, value in turn.value.items() if value is not None}
     if "tool_calls" in given:
         given["tool_calls"] = [native_call(call) for call in turn.each("tool_calls")]
     return cast(OllamaMessage, {
-        **given, "role": given.get("role", "").lower(), "content": given.get("content", "")})
+        **given, "role": role, "content": given.get("content", "")})
 
 
 def native_call(call: Field) -> JSON:
