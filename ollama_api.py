@@ -3770,7 +3770,7 @@ class Ollama(contextlib.ExitStack):
         for name in self.names(body["model"])[self.missed:]:
             try:
                 response = self.open(path, fit({**body, "model": name}))
-                self.model = tagged(name)
+                self.model = tagged(str(name))
                 return response
             except APIError as error:
                 if error.code != "model_not_found" or not isinstance(name, str):
