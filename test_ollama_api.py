@@ -6815,7 +6815,8 @@ class CountTokens(ServerCase):
 
 # The steps of a fault in the body, and words of the error: a 502, or the last frame of a stream.
 BROKEN: List[Tuple[List[Any], str]] = [
-    ([RESET], "ConnectionResetError"), ([CUT], "IncompleteRead"),
+    ([RESET], "ConnectionResetError" if os.name != "nt" else "is broken"),   # Wine sends a FIN
+    ([CUT], "IncompleteRead"),
     ([], "without saying that it was done"),
     ([Wire(b"fff\r\n{"), CUT], "IncompleteRead"), ([Wire(b"zz\r\n{"), CUT], "IncompleteRead"),
     ([b"{broken\n"], "not JSON"), ([b"[1]\n"], "not an object"),
@@ -7346,7 +7347,8 @@ class OllamaBehindTLS(ServerCase):
         def send() -> None:
             with server.wrap_socket(theirs, server_side=True) as sock:
                 sock.sendall(b"x" * 10_000)      # one record
-                sock.recv(1)
+                with contextlib.suppress(BrokenPipeError):   # from what TLS sends by itself
+                    sock.recv(1)
         sender = threading.Thread(target=send)
         sender.start()
         with ollama_api.Upstream(context.wrap_socket(ours, server_hostname="localhost"),
@@ -7926,7 +7928,7 @@ class Connections(ServerCase):
     def needs_sockets(self, number: int) -> None:
         ollama_api.allow_many_sockets()
         resource = importlib.import_module("resource") if os.name != "nt" else None
-        if resource is None or 0 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] < number:
+        if resource and 0 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] < number:
             self.skipTest(f"fewer than {number} open files are allowed")
 
     def test_parallel_streams_do_not_mix(self) -> None:
@@ -8111,7 +8113,7 @@ ANSWERS: Dict[str, Callable[[], Iterable[Any]]] = {
     "endless": lambda: itertools.repeat(content("The " * 999))}
 
 
-@unittest.skipUnless(os.path.exists("/proc/self/fd"), "there is no /proc to look into")
+@unittest.skipUnless(sys.platform == "linux", "there is no /proc to look into")
 class Soak(ProcessCase):
     """Check that a server keeps nothing of 2,000 requests, good, bad and abandoned ones."""
 
@@ -8128,7 +8130,8 @@ class Soak(ProcessCase):
                 at_rest = self.memory(process.pid)
                 list(pool.map(self.visit, range(2000)))
             self.eventually(lambda: self.level(process.pid) == before)     # threads, open files
-            self.assertLess(self.memory(process.pid) - at_rest, 4000, "kilobytes")
+            if getattr(sys, "_is_gil_enabled", lambda: True)():  # else garbage in cycles goes late
+                self.assertLess(self.memory(process.pid) - at_rest, 4000, "kilobytes")
             log.seek(0)
             self.assertNotIn("Traceback", log.read())
 
@@ -8791,8 +8794,9 @@ class Demo(ProcessCase):
         self.assertEqual(len(post("/api/embed", input="ab")[0]["embeddings"]), 1)
         self.assertEqual(post("/api/embeddings", prompt="ab")[0]["embedding"][2], 0.5)
         self.assertEqual(post("/api/show")[0]["model_info"]["demo.context_length"], 8192)
-        with self.assertRaisesRegex(urllib.error.HTTPError, "400"):
+        with self.assertRaisesRegex(urllib.error.HTTPError, "400") as raised:
             post(API_CHAT, messages=5)
+        raised.exception.close()
 
 
 # ---- The check -----------------------------------------------------------------------------------
@@ -8945,7 +8949,8 @@ class Process(ProcessCase):
 
     def test_the_line_to_try_names_a_model_that_is_there_and_asks_for_the_key(self) -> None:
         _, banner, _ = self.start("--ollama", self.scripted().url, "--api-key", "secret")
-        self.assertRegex(banner[2], r'chat/completions -H "x-api-key: KEY" -d .*"model": "plain:latest"')
+        model = '"model": "plain:latest"' if os.name != "nt" else r'\"model\": \"plain:latest\"'
+        self.assertRegex(banner[2], 'chat/completions -H "x-api-key: KEY" -d .*' + re.escape(model))
         self.assertNotIn("secret", " ".join(banner))
 
     def test_an_ollama_that_does_not_run_does_not_stop_the_start(self) -> None:
@@ -8979,7 +8984,7 @@ class Process(ProcessCase):
         raised, hard, kept, _ = map(int, shown)
         self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
 
-    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "there is no /proc to look into")
+    @unittest.skipUnless(sys.platform == "linux", "there is no /proc to look into")
     def test_a_server_without_free_descriptors_waits_for_one_without_spinning(self) -> None:
         few = ("sh", "-c", 'ulimit -n 40; exec "$0" "$@"', *COMMAND)
         process, _, port = self.start("--demo", command=few)
@@ -8992,10 +8997,9 @@ class Process(ProcessCase):
             self.assertLess(processor_seconds(process.pid) - before, 0.5)
         self.assertRegex(first_bytes(port, HEALTH + b"\r\n", PATIENCE), b"^HTTP/1.1 200 ")
 
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_a_closed_or_absent_stderr_breaks_nothing(self) -> None:
         absent = ("sh", "-c", 'exec "$0" "$@" 2>&-', *COMMAND)
-        for command in (COMMAND, absent):
+        for command in (COMMAND, absent) if os.name != "nt" else (COMMAND,):
             process, _, port = self.start("--demo", command=command)
             if process.stderr and command is COMMAND:
                 process.stderr.close()
@@ -9005,8 +9009,8 @@ class Process(ProcessCase):
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}{MESSAGES}", body,
                                             PATIENCE) as reply:
                     self.assertIn(b"You said", reply.read())
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(PATIENCE), 0)
+            process.send_signal(signal.SIGTERM)                 # on Windows it ends at once, with 1
+            self.assertEqual(process.wait(PATIENCE), int(os.name == "nt"))
 
     def streaming(self, script: Script, **how: Any) -> Tuple[subprocess.Popen[str], Stream]:
         """Start a process, and a stream whose first token has come."""
