@@ -90,6 +90,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -863,8 +864,8 @@ def prepared(frame: Callable[[str], bytes]) -> Callable[[str], bytes]:
 
 
 def once_begun(events: Events) -> Events:
-    """Wait for the first event, then return all of them. Every stream calls this before
-    its first frame, so that an early failure is still an HTTP status."""
+    """Wait for the first event, then return all of them. A stream that begins with a frame of its
+    own calls this before, so that an early failure is still an HTTP status."""
     return itertools.chain((next(events),), events)
 
 
@@ -3864,6 +3865,8 @@ class Ollama(contextlib.ExitStack):
             response: Response = OPENER.open(
                 request, timeout=min(seconds, self.config.connect_seconds))
         except urllib.error.URLError as error:
+            if getattr(error.reason, "errno", None) in NO_DESCRIPTOR:
+                raise APIError(503, "The server has too many open files.", retry_after=1) from error
             self.metrics.set_up(False)
             raise APIError(
                 503, f"Ollama does not answer at {url} ({error.reason}). Start it with `ollama "
@@ -3877,6 +3880,9 @@ class Ollama(contextlib.ExitStack):
             text = read_all(response, self.config.line_bytes).decode("utf-8", "replace")
             raise refused(response.status, text)
         return response
+
+
+NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE, getattr(errno, "WSAEMFILE", errno.EMFILE)}
 
 
 def tagged(name: str) -> str:
@@ -4798,8 +4804,13 @@ class UpstreamSocket:
 
     def send_request(self) -> None:
         """Send the request. If Ollama breaks it off, its answer may say why: we still read that."""
-        with contextlib.suppress(ConnectionError):
+        try:
             send_all(self.upstream.sock, self.request, self.upstream.wait)
+        except ConnectionError:
+            pass
+        except OSError as error:  # of a socket that is just being closed (macOS; CPython bpo-33450)
+            if error.errno != errno.EPROTOTYPE:
+                raise
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self.upstream, 64 * 1024)
@@ -4808,10 +4819,22 @@ class UpstreamSocket:
         pass
 
 
+def connect_to(address: Tuple[str, int], *how: Any) -> socket.socket:
+    """Connect like socket.create_connection; but of localhost, try IPv4 first: Ollama listens
+    there, and on Windows a refusal of ::1 takes two seconds."""
+    host, port = address
+    *first, last = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+    for name in first:
+        with contextlib.suppress(ConnectionError):
+            return socket.create_connection((name, port), *how)
+    return socket.create_connection((last, port), *how)
+
+
 class UpstreamConnection(http.client.HTTPConnection):
     def __init__(self, watch: Watch, host: str, **how: Any) -> None:
         super().__init__(host, **how)
         self.watch = watch
+        self._create_connection = connect_to  # what HTTPConnection.connect calls
 
     def connect(self) -> None:
         super().connect()
@@ -5408,9 +5431,56 @@ def put(stream: str, text: str, end: str = "\n") -> None:
         pass
 
 
+class Log:
+    """Write lines to stderr, in a thread of its own: a pipe that nobody reads stops whoever writes
+    to it. Then lines are dropped, and counted. The thread wakes for many lines at once: to wake it
+    for each would take a tenth of a request's time."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()  # guards all below
+        self.lines: List[str] = []
+        self.dropped = 0
+        self.busy = False  # writing
+
+    def add(self, line: str) -> None:
+        with self.changed:
+            if len(self.lines) >= LOG_LINES:
+                self.dropped += 1
+                return
+            self.lines.append(line)
+            if len(self.lines) == 1:
+                self.changed.notify_all()
+
+    def write(self) -> NoReturn:
+        """Write what is added, without end."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.lines)
+            time.sleep(LOG_SECONDS)
+            with self.changed:
+                lines, self.lines = self.lines, []
+                if self.dropped:
+                    lines.append(f"({self.dropped} lines were dropped, because nobody read them)")
+                self.dropped, self.busy = 0, True
+            put("stderr", "\n".join(lines))
+            with self.changed:
+                self.busy = False
+                self.changed.notify_all()
+
+    def finish(self, seconds: float) -> bool:
+        """Return whether all lines are written; wait for that."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not (self.lines or self.busy), seconds)
+
+
+LOG = Log()
+LOG_LINES = 1000  # that wait
+LOG_SECONDS = 0.05  # to gather them
+
+
 def log(text: str) -> None:
     safe = re.sub(r"[^\x20-\x7e]", lambda match: f"\\x{ord(match[0]):02x}", text)
-    put("stderr", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}")
+    LOG.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}")
 
 
 def log_traceback() -> None:
@@ -5428,7 +5498,8 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         config = self.server.config
         sock = self.request
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # EINVAL if the client has left already (macOS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         incoming = Incoming(sock)
         while incoming.wait_for_request(config.idle_seconds):
@@ -5440,7 +5511,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Listen; keep what outlives requests."""
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = os.name != "nt"  # on Windows, two servers could share a port
+    allow_reuse_address = os.name != "nt"  # see server_bind
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -5458,6 +5529,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
+        """Bind. On Windows, another process could share the port, and :: would not be IPv4 too."""
+        if sys.platform == "win32":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the DNS for our name
 
     def get_request(self) -> Tuple[socket.socket, Any]:
@@ -5506,8 +5582,10 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host, port = str(self.server_address[0]), self.server_address[1]
-        name = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
-        return f"{'https' if self.tls else 'http'}://{name}:{port}"
+        host = f"[{host}]" if ":" in host else host
+        if self.tls:  # certificates name it so
+            return f"https://{'localhost' if host == '127.0.0.1' else host}:{port}"
+        return f"http://{host}:{port}"
 
     @contextlib.contextmanager
     def count_request(self, limit: float) -> Iterator[None]:
@@ -5877,9 +5955,13 @@ def sample(schema: JSON, definitions: JSON, level: int = 0) -> Any:
     return values.get(list_of(schema.get("type", "object"))[0], number)
 
 
+class DemoServer(http.server.ThreadingHTTPServer):
+    request_queue_size = Config.backlog  # or clients that come at once get a 503
+
+
 def start_demo(config: Config) -> Config:
     """Start the stand-in. Return a configuration that asks it, for any model."""
-    demo = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoOllama)
+    demo = DemoServer(("127.0.0.1", 0), DemoOllama)
     threading.Thread(target=demo.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{demo.server_port}"
     return dataclasses.replace(config, ollama=url, alias=(*config.alias, "*=demo"))
@@ -6030,8 +6112,7 @@ def check(config: Config) -> int:
     server = Server(config)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     asker = Check(server)
-    # The log would come between the lines.
-    with contextlib.redirect_stderr(None), contextlib.ExitStack() as ending:
+    with contextlib.ExitStack() as ending:
         ending.callback(server.drain)
         for title, step in (("Ollama", asker.ollama), ("models", asker.models),
                             ("answer", asker.answer), ("GPU", asker.memory),
@@ -6176,28 +6257,62 @@ def allow_many_sockets() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        for most in (16384, 10240):  # macOS takes no more than OPEN_MAX, whatever `hard` says
+            most = most if hard == resource.RLIM_INFINITY else min(hard, most)
+            if soft == resource.RLIM_INFINITY or soft >= most:
+                return
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                return
+
+
+# The last one is Windows' Ctrl-Break.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK")
+           if hasattr(signal, name)]
 
 
 def serve_until_signal(server: Server) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let running requests finish. A second signal ends them.
+    """Serve until one of SIGNALS, then let running requests finish. A second signal ends them.
     In serve_forever the exception would hit a new connection. A long sleep could miss a signal."""
+    drained = threading.Event()
     try:
+        threading.Thread(target=LOG.write, daemon=True).start()
         threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        for number in SIGNALS[1:]:
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+        kept = when_window_closes(drained)  # noqa: F841
         put("stdout", banner(server))
         while True:
             time.sleep(0.2)
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
     server.drain()
+    drained.set()
+
+
+def when_window_closes(drained: threading.Event) -> Any:
+    """On Windows, do as for Ctrl-C when the console's window is closed, or its user logs off, and
+    hold up the end until `drained`, of which Windows allows 5 s. Return what has to be kept."""
+    if sys.platform != "win32":
+        return None
+    import ctypes
+
+    def on_event(event: int) -> bool:
+        if event in (2, 5, 6):  # CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
+            _thread.interrupt_main()
+            drained.wait()
+        return False
+
+    handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(on_event)
+    ctypes.windll.kernel32.SetConsoleCtrlHandler(handler, True)
+    return handler
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what a code page has not
     config = parse_args(sys.argv[1:], os.environ)
     allow_many_sockets()
     if config.demo:
@@ -6212,6 +6327,8 @@ def main() -> int:
         return 1
     sys.setswitchinterval(0.02)  # how often each waiting thread asks for the interpreter
     serve_until_signal(server)
+    if not LOG.finish(1):
+        os._exit(0)  # Python would abort, because a thread still writes to stderr
     return 0
 
 

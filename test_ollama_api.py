@@ -23,6 +23,7 @@ import collections
 import concurrent.futures
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import http.client
@@ -862,17 +863,33 @@ def command_with(**limits: float) -> Tuple[str, ...]:
     return (sys.executable, "-c", WITH_LIMITS, str(HERE), json.dumps(limits))
 
 
+ENDING = """
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv.pop(1))
+act = sys.argv.pop(1)
+import ollama_api as it
+window = []
+when_window_closes = it.when_window_closes
+it.when_window_closes = lambda drained: window.append(when_window_closes(drained))
+def wait():
+    sys.stdin.readline()
+    exec(act)
+threading.Thread(target=wait, daemon=True).start()
+sys.exit(it.main())
+"""
+
+
 class ProcessCase(PatientCase):
     """Start the file as a user does."""
 
     def start(self, *options: str, command: Sequence[str] = COMMAND, stderr: Any = subprocess.PIPE,
-              **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
+              stdin: Any = None, **environ: str) -> Tuple[subprocess.Popen[str], List[str], int]:
         inherited = {name: value for name, value in os.environ.items()
                      if not name.startswith(("OLLAMA", "PYTHON"))}
         process = subprocess.Popen(
             [*command, "--port", "0", *options],
             env={**inherited, **environ}, text=True, preexec_fn=take_sigint,
-            stdout=subprocess.PIPE, stderr=stderr)
+            stdin=stdin, stdout=subprocess.PIPE, stderr=stderr)
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         assert process.stdout
@@ -4894,6 +4911,7 @@ class Native(ServerCase):
                  {"tools": [{"function": {"parameters": {
                      "type": "object", "properties": {"a": {"type": "array", "items": {}}}}}}]}),
                 (API_CHAT, {"messages": [None, {"Content": "x"}]}, {"messages": [{"role": "", "content": "x"}]}),
+                (API_CHAT, {"messages": [{"content": "x", "new": 1}]}, {"messages": [{"role": "", "content": "x", "new": 1}]}),
                 (API_CHAT, {"messages": [{"tool_calls": [{}]}]}, {"messages": [{"role": "", "content": "", "tool_calls": [{"function": {"name": ""}}]}]}),
                 (API_CHAT, {"prompt": 5, "images": 5}, {}), (API_GENERATE, {"messages": [], "tools": [{}]}, {}),
                 (API_GENERATE, {"messages": None, "options": {"num_ctx": None}}, {"options": {"num_ctx": None}})):
@@ -5235,6 +5253,18 @@ class ModelsAndHealth(ServerCase):
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
+
+class Histogram(unittest.TestCase):
+
+    def test_a_bucket_has_all_up_to_its_bound(self) -> None:
+        metrics = ollama_api.Metrics()
+        for seconds in (0.1, 0.3, 1000):
+            metrics.count_first(seconds)
+        found = re.findall(r'_bucket\{le="(.*)"\} (\d+)', metrics.text(0))
+        self.assertEqual(found[:4], [("0.1", "1"), ("0.25", "1"), ("0.5", "2"), ("1", "2")])
+        self.assertEqual(found[-2:], [("300", "2"), ("+Inf", "3")])
+        self.assertIn("_sum 1000.4\nollama_api_first_token_seconds_count 3\n", metrics.text(0))
+
 
 class MetricsTests(ServerCase):
 
@@ -6324,6 +6354,62 @@ class AskingOllama(ServerCase):
         self.ollama.scripts = [Script([{"error": "model 'nope' not found"}], 404)]
         reply = self.ask("POST", MESSAGES, {"messages": [{"role": "user", "content": [image]}]})
         self.assertEqual(reply.status, 404)
+
+
+class Connecting(ServerCase):
+
+    def test_of_localhost_the_address_of_ipv4_is_tried_first(self) -> None:
+        port, real = self.ollama.server_address[1], socket.create_connection
+        url = ollama_api.ollama_url(f"localhost:{port}")
+        for there in ("127.0.0.1", "::1"):
+            tried: List[str] = []
+
+            def connect(address: Tuple[str, int], *how: Any, tried: List[str] = tried,
+                        there: str = there) -> socket.socket:
+                tried.append(address[0])
+                if address[0] != there:
+                    raise ConnectionRefusedError
+                return real(("127.0.0.1", address[1]), *how)
+            with ollama_api.Ollama(self.serve(ollama=url), ollama_api.Client()) as ollama, \
+                    mock.patch("socket.create_connection", connect):
+                self.assertEqual(ollama.get("/api/version"), {"version": "0.32.15"})
+            self.assertEqual(tried, ["127.0.0.1", "::1"][:1 + (there == "::1")])
+
+    def test_a_server_out_of_descriptors_does_not_say_that_ollama_is_away(self) -> None:
+        self.ollama.queue(Script())
+        for number in (errno.EMFILE, errno.ENFILE):
+            error = OSError(number, "Too many open files")
+            with mock.patch.object(ollama_api.UpstreamConnection, "connect", side_effect=error):
+                reply = self.ask("POST", CHAT, {"messages": USER})
+            self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "1"))
+            self.assertEqual(reply.json["error"]["message"], "The server has too many open files.")
+        self.assertNotIn("ollama_up 0", self.ask("GET", "/metrics").text)
+
+    # CPython's Lib/test/test_ssl.py, ThreadedEchoServer.run: "bpo-44229, bpo-43855, bpo-44237, and
+    # bpo-33450: Ignore spurious EPROTOTYPE returned by write() on macOS."
+    def test_a_socket_that_macos_is_just_closing_counts_as_closed(self) -> None:
+        real, port = ollama_api.send_all, self.ollama.server_address[1]
+
+        def failing(sock: socket.socket, *how: Any) -> None:
+            real(sock, *how)
+            if (sock.getpeername()[1] == port) is of_ollama:
+                raise OSError(errno.EPROTOTYPE, "Protocol wrong type for socket")
+        with mock.patch.object(ollama_api, "send_all", failing):
+            of_ollama = True
+            self.ollama.queue(Script())
+            self.assertEqual(self.ask("POST", CHAT, {"messages": USER}).status, 200)
+            of_ollama = False
+            self.ollama.queue(Script())
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                self.ask("POST", CHAT, {"messages": USER})
+            self.eventually(lambda: len(LOG) > 1)
+        self.assertIn(" 499 ", LOG[1])
+
+    def test_any_other_failure_to_send_is_a_502(self) -> None:
+        with mock.patch.object(ollama_api, "send_all", side_effect=OSError(errno.EIO, "")):
+            with self.assertRaisesRegex(ollama_api.APIError, "broken|does not answer"):
+                with ollama_api.Ollama(self.server, ollama_api.Client()) as ollama:
+                    ollama.get("/api/version")
 
 
 class AliasesAndContext(ServerCase):
@@ -7831,9 +7917,9 @@ class TheLog(ServerCase):
         self.ask("POST", CHAT, {"messages": 5, "model": "a" * 100_000})
         self.eventually(lambda: len(LOG) > 1)
         self.assertLess(len(LOG[1]), 400)
-        with mock.patch("sys.stderr", new_callable=io.StringIO) as stderr:
+        with mock.patch.object(ollama_api, "LOG", ollama_api.Log()) as log:
             REAL_LOG(LOG[0] + "\x1b[31m")
-        self.assertRegex(stderr.getvalue(), r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m\n$")
+        self.assertRegex(log.lines[0], r"^[-0-9]+ [0-9:]+ POST .* a\\x0ab 200 .*\\x1b\[31m$")
 
     def test_the_time_to_the_first_token_is_that_of_ollamas_even_where_it_is_held_back(self) -> None:
         for before, after, more in ((line(calls(("a", {}))), done(), Script()),
@@ -7864,6 +7950,32 @@ class TheLog(ServerCase):
 # ---- The server ----------------------------------------------------------------------------------
 
 class Connections(ServerCase):
+
+    def test_an_address_of_ipv6_for_all_is_one_of_ipv4_too(self) -> None:
+        if not socket.has_ipv6:
+            self.skipTest("there is no IPv6")
+        server = self.serve(host="::")
+        option = server.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        self.assertEqual(option, 0)      # on Windows it would be 1, as on BSD
+        self.port = server.server_address[1]
+        self.assertEqual(self.ask("GET", "/").status, 200)
+
+    @unittest.skipUnless(os.name == "nt", "elsewhere no other process can have the same port")
+    def test_no_other_process_can_share_the_port(self) -> None:
+        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)
+        self.assertTrue(self.server.socket.getsockopt(socket.SOL_SOCKET, exclusive))
+        with socket.socket() as other, self.assertRaises(PermissionError):
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", self.port))
+
+    # Apple's setsockopt(2): "[EINVAL] The option is invalid at the specified level or the socket
+    # has been shut down."
+    def test_a_connection_that_is_gone_already_may_refuse_its_options(self) -> None:
+        refused = OSError(errno.EINVAL, "Invalid argument")
+        with mock.patch.object(socket.socket, "setsockopt", side_effect=refused) as setsockopt:
+            reply = self.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        self.assertRegex(reply, b"^HTTP/1.1 200 ")
+        setsockopt.assert_called()
 
     def test_a_connection_without_requests_is_closed(self) -> None:
         self.port = self.serve(idle_seconds=0.05).server_address[1]
@@ -8724,15 +8836,26 @@ class Demo(ProcessCase):
                                         json.dumps(body).encode(), PATIENCE) as reply:
                 self.assertIn(found, reply.read().decode())
 
+    def test_a_hundred_clients_at_once_are_answered(self) -> None:
+        _, _, port = self.start("--demo")
+        body = json.dumps({"messages": USER}).encode()
+        request = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        with contextlib.ExitStack() as clients:
+            socks = [clients.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+                     for _ in range(100)]
+            for sock in socks:
+                sock.sendall(request)
+            answers = {sock.recv(12) for sock in socks}
+        self.assertEqual(answers, {b"HTTP/1.1 200"})
+
     def test_the_demo_answers_the_line_that_its_banner_says(self) -> None:
         _, banner, port = self.start("--demo")
-        self.assertRegex(banner[0], r"^ollama_api.py \S+ listens on http://localhost:\d+$")
+        self.assertRegex(banner[0], r"^ollama_api.py \S+ listens on http://127\.0\.0\.1:\d+$")
         self.assertRegex(banner[1], r"^Ollama demo at http://127.0.0.1:\d+, models: demo:latest, demo-plain:latest$")
         found = re.match(r"Try: curl (\S+) -d ['\"](.*)['\"]$", banner[2])
         assert found, banner[2]
         data = found[2].replace('\\"', '"').encode()
-        url = found[1].replace("localhost", "127.0.0.1")
-        with urllib.request.urlopen(url, data, PATIENCE) as reply:
+        with urllib.request.urlopen(found[1], data, PATIENCE) as reply:
             text = reply.read().decode()
         words = re.findall(r'"content": "([^"]+)"', text)
         self.assertEqual("".join(words), "This is a demo: no model is running. You said: Hello!")
@@ -8972,6 +9095,28 @@ class Process(ProcessCase):
         self.assertRegex(process.stderr,
                          rf"^ollama_api.py: cannot listen on 127.0.0.1 port {port}: .*\n$")
 
+    def test_letters_that_a_code_page_lacks_are_shown_with_escapes(self) -> None:
+        ollama = self.scripted()
+        ollama.gets["/api/tags"] = {"models": [{"name": "mod\u00e8le:latest"}]}
+        _, banner, _ = self.start("--ollama", ollama.url, PYTHONIOENCODING="ascii",
+                                  command=(sys.executable, str(HERE / "ollama_api.py")))
+        self.assertTrue(banner[1].endswith("models: mod\\xe8le:latest"), banner[1])
+
+    # Apple's setrlimit(2): "setrlimit() now returns with errno set to EINVAL in places that
+    # historically succeeded. ... Use "rlim_cur = min(OPEN_MAX, rlim_max)"." OPEN_MAX is 10,240.
+    def test_where_the_system_allows_fewer_open_files_than_it_says_as_many_are_taken(self) -> None:
+        allowed: List[Tuple[int, int]] = []
+
+        def setrlimit(_: int, limits: Tuple[int, int]) -> None:
+            if limits[0] > 10240:
+                raise ValueError("current limit exceeds maximum limit")
+            allowed.append(limits)
+        macos = mock.Mock(RLIM_INFINITY=2**63 - 1, setrlimit=setrlimit)
+        macos.getrlimit.return_value = (256, 2**63 - 1)
+        with mock.patch.dict(sys.modules, resource=macos):
+            ollama_api.allow_many_sockets()
+        self.assertEqual(allowed, [(10240, 2**63 - 1)])
+
     @unittest.skipIf(os.name == "nt", "Windows has no such limit")
     def test_the_limit_of_open_files_is_raised_and_never_lowered(self) -> None:
         code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import ollama_api\n"
@@ -9011,6 +9156,55 @@ class Process(ProcessCase):
                     self.assertIn(b"You said", reply.read())
             process.send_signal(signal.SIGTERM)                 # on Windows it ends at once, with 1
             self.assertEqual(process.wait(PATIENCE), int(os.name == "nt"))
+
+    def log_2000_lines(self) -> subprocess.Popen[str]:
+        """Return a process that has logged so many, which nobody has read."""
+        process, _, port = self.start("--demo")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            for _ in range(2000):
+                connection.request("GET", "/health/" + 150 * "a")
+                self.assertIn(b"There is no", connection.getresponse().read())
+        return process
+
+    def test_a_stderr_that_nobody_reads_holds_up_nothing(self) -> None:
+        process = self.log_2000_lines()
+        told: List[int] = []        # lines that are shown, or dropped
+
+        def read() -> None:
+            for line in process.stderr or ():
+                dropped = re.search(r"\((\d+) lines were dropped", line)
+                told.append(int(dropped[1]) if dropped else 1)
+        reader = threading.Thread(target=read)
+        reader.start()
+        self.addCleanup(reader.join)
+        self.addCleanup(process.kill)
+        self.eventually(lambda: sum(told) >= 2000)
+        self.assertEqual(sum(told), 2000)
+        self.assertGreater(max(told), 1)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_stderr_that_nobody_reads_does_not_hold_up_the_end(self) -> None:
+        process = self.log_2000_lines()
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipUnless(os.name == "nt", "only Windows has Ctrl-Break and windows of a console")
+    def test_ctrl_break_and_a_closed_window_let_running_streams_end(self) -> None:
+        # Windows ends a process as soon as its handler of a closed window returns.
+        for act in ("signal.raise_signal(signal.SIGBREAK)", "window[0](2); os._exit(0)"):
+            gate = threading.Event()
+            script = Script([content("The"), gate, done()])
+            process, stream = self.streaming(
+                script, command=(sys.executable, "-c", ENDING, str(HERE), act), stdin=subprocess.PIPE)
+            assert process.stdin
+            with stream:
+                process.stdin.write("now\n")
+                process.stdin.flush()
+                self.eventually(functools.partial(refuses, "127.0.0.1", stream.connection.port))
+                gate.set()
+                stream.until(b"[DONE]")
+            self.assertEqual(process.wait(PATIENCE), 0)
 
     def streaming(self, script: Script, **how: Any) -> Tuple[subprocess.Popen[str], Stream]:
         """Start a process, and a stream whose first token has come."""
