@@ -6102,6 +6102,18 @@ class Check:
             yield "no call came back: for an agent, take a model that was made for tools"
 
 
+def succeeds(step: Callable[[], Iterator[str]]) -> bool:
+    """Print what a step says, or why it failed. Return whether it succeeded."""
+    try:
+        for piece in step():
+            put("stdout", piece, end="")
+    except (CheckFailed, APIError, OSError) as failed:
+        put("stdout", f" FAILED: {getattr(failed, 'message', failed)}")
+        return False
+    put("stdout", "")
+    return True
+
+
 def check(config: Config) -> int:
     """Print what Ollama and the model can do here. Return the exit status."""
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
@@ -6118,13 +6130,8 @@ def check(config: Config) -> int:
                             ("answer", asker.answer), ("GPU", asker.memory),
                             ("window", asker.context), ("tools", asker.tools)):
             put("stdout", f"{title:<12} ", end="")
-            try:
-                for piece in step():
-                    put("stdout", piece, end="")
-            except (CheckFailed, APIError, OSError) as failed:
-                put("stdout", f" FAILED: {getattr(failed, 'message', failed)}")
+            if not succeeds(step):
                 return 1
-            put("stdout", "")
     put("stdout", CHECK_LINES.format(url=url, key=key, model=asker.model, window=asker.window))
     return 0
 
