@@ -309,7 +309,6 @@ Messages = Iterator[OllamaMessage]
 Frames = Iterator[bytes]
 Choice = Tuple[str, List["Tool"]]  # see choose
 Response = http.client.HTTPResponse  # of Ollama
-Data = Union[bytes, bytearray]
 
 
 @dataclass
@@ -513,7 +512,7 @@ class Body(Field):
     """Hold the whole body of a request, the tool calls read so far, and what had no effect."""
     __slots__ = "config", "history", "ignored", "sent"
 
-    def __init__(self, value: JSON, config: Config, sent: Data = b"") -> None:
+    def __init__(self, value: JSON, config: Config, sent: bytes = b"") -> None:
         super().__init__(value, None, "")
         self.body, self.config, self.sent = self, config, sent
         self.history = History()
@@ -652,7 +651,7 @@ def bounded(digits: str) -> int:
 READER = json.JSONDecoder(parse_constant=not_json, parse_float=finite, parse_int=bounded)
 
 
-def strict_json(data: Data, depth: int) -> Any:
+def strict_json(data: bytes, depth: int) -> Any:
     """Parse JSON (RFC 8259) that nests at most `depth` levels, as strictly as Ollama: no NaN,
     no Infinity, no lone surrogate. Of equal keys the last counts. ValueError says what is wrong."""
     try:
@@ -1866,7 +1865,7 @@ def create_response(context: Context) -> Reply:
     stored, key = context.server.stored, context.request.key
     question = responses_request(context.body, stored.of(key))
     if question.echo["store"]:
-        question.keep = functools.partial(stored.keep, key, context.body, bytes(context.body.sent))
+        question.keep = functools.partial(stored.keep, key, context.body, context.body.sent)
     stream = ResponseStream(question)
     return context.ask(question, responses_reply,
                        lambda _, events: stream.frames(events), stream.pings())
@@ -4733,7 +4732,7 @@ def when_ready(act: Callable[[], T], wait: Callable[[int], None], event: int) ->
         wait(wanted)
 
 
-def send_all(sock: socket.socket, data: Data,
+def send_all(sock: socket.socket, data: Union[bytes, bytearray],
              wait: Callable[[int], None]) -> None:
     """Send all of `data`. Unlike sendall's, a timeout in `wait` applies to each step."""
     view = memoryview(data)
@@ -4951,17 +4950,14 @@ class Incoming:
             pass
         return False
 
-    def read_exactly(self, size: int) -> Data:
+    def read_exactly(self, size: int) -> bytes:
         while len(self.buffer) < size:
             self.receive()
-        if len(self.buffer) == size:  # nothing follows, as after most bodies: they may be large
-            data, self.buffer = self.buffer, bytearray()
-            return data
-        data = self.buffer[:size]
+        data = bytes(self.buffer[:size])
         del self.buffer[:size]
         return data
 
-    def read_until(self, mark: bytes, limit: int) -> Data:
+    def read_until(self, mark: bytes, limit: int) -> bytes:
         """Return what comes before `mark`; 431 if that is more than `limit` bytes."""
         start = 0
         while True:
@@ -4997,7 +4993,7 @@ def read_head(incoming: Incoming, config: Config) -> Request:
     return Request(method, path, headers, version, query)
 
 
-def read_fields(fields: Iterable[Data]) -> Dict[str, str]:
+def read_fields(fields: Iterable[bytes]) -> Dict[str, str]:
     """Parse header fields. The names are in lower case, repeated values are joined."""
     headers: Dict[str, str] = {}
     for field in fields:
@@ -5029,7 +5025,7 @@ def body_length(request: Request) -> Optional[int]:
     return None
 
 
-def read_body(incoming: Incoming, length: Optional[int], config: Config) -> Data:
+def read_body(incoming: Incoming, length: Optional[int], config: Config) -> bytes:
     """Read a body of `length` bytes, or a chunked one (RFC 9112, 7.1)."""
     incoming.set_deadline(config.body_seconds, 1e6)
     if length is not None:
@@ -5050,7 +5046,7 @@ def read_body(incoming: Incoming, length: Optional[int], config: Config) -> Data
     for _ in range(config.head_fields):
         trailer = incoming.read_until(b"\r\n", config.head_bytes)
         if not trailer:
-            return body
+            return bytes(body)
         read_fields([trailer])
     raise APIError(431, "There are too many trailer fields.")
 
