@@ -9129,6 +9129,15 @@ class Process(ProcessCase):
         raised, hard, kept, _ = map(int, shown)
         self.assertEqual((raised, kept), (min(hard, 16384) if hard > 0 else 16384, hard))
 
+    # CPython 3.13's pystate.h: Py_C_RECURSION_LIMIT is 10,000, however small the stack is.
+    @unittest.skipIf(os.name == "nt", "Windows has no such limit")
+    def test_json_that_is_too_deep_crashes_no_server_whose_system_gives_threads_little_stack(self) -> None:
+        few = ("sh", "-c", 'ulimit -s 1024; exec "$0" "$@"', *COMMAND)
+        _, _, port = self.start("--demo", command=few)
+        for data in (b"[" * 9_900, b'{"a":' * 9_900, b"[" * 100_000):
+            request = POST + b"Content-Length: %d\r\n\r\n" % len(data) + data
+            self.assertRegex(first_bytes(port, request, PATIENCE), b"^HTTP/1.1 400 ")
+
     @unittest.skipUnless(sys.platform == "linux", "there is no /proc to look into")
     def test_a_server_without_free_descriptors_waits_for_one_without_spinning(self) -> None:
         few = ("sh", "-c", 'ulimit -n 40; exec "$0" "$@"', *COMMAND)
