@@ -5429,23 +5429,29 @@ def put(stream: str, text: str, end: str = "\n") -> None:
 
 class Log:
     """Write lines to stderr, in a thread of its own: a pipe that nobody reads stops whoever writes
-    to it. Then lines are dropped, and counted. The thread wakes for many lines at once: to wake it
-    for each would take a tenth of a request's time."""
+    to it. Then, after a second, lines are dropped, and counted. The thread wakes for many lines at
+    once: to wake it for each would take a tenth of a request's time."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()  # guards all below
         self.lines: List[str] = []
         self.dropped = 0
         self.busy = False  # writing
+        self.stuck = False  # nothing was written for a second, though lines waited
 
     def add(self, line: str) -> None:
         with self.changed:
-            if len(self.lines) >= LOG_LINES:
+            if not (self.has_room() or self.stuck):  # the writer may just be slower than we are
+                self.stuck = not self.changed.wait_for(self.has_room, LOG_PATIENCE)
+            if not self.has_room():
                 self.dropped += 1
                 return
             self.lines.append(line)
             if len(self.lines) == 1:
                 self.changed.notify_all()
+
+    def has_room(self) -> bool:
+        return len(self.lines) < LOG_LINES
 
     def write(self) -> NoReturn:
         """Write what is added, without end."""
@@ -5457,7 +5463,8 @@ class Log:
                 lines, self.lines = self.lines, []
                 if self.dropped:
                     lines.append(f"({self.dropped} lines were dropped, because nobody read them)")
-                self.dropped, self.busy = 0, True
+                self.dropped, self.busy, self.stuck = 0, True, False
+                self.changed.notify_all()
             put("stderr", "\n".join(lines))
             with self.changed:
                 self.busy = False
@@ -5472,6 +5479,7 @@ class Log:
 LOG = Log()
 LOG_LINES = 1000  # that wait
 LOG_SECONDS = 0.05  # to gather them
+LOG_PATIENCE = 1  # second
 
 
 def log(text: str) -> None:

@@ -9193,6 +9193,23 @@ class Process(ProcessCase):
         self.assertGreater(max(told), 1)
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
+    def test_a_burst_loses_no_line_of_the_log(self) -> None:
+        request = b"GET /health/x HTTP/1.1\r\nHost: localhost\r\n"
+        requests = (request + b"\r\n") * 99 + request + b"Connection: close\r\n\r\n"
+        with tempfile.TemporaryFile("w+") as file, concurrent.futures.ThreadPoolExecutor(60) as pool:
+            process, _, port = self.start("--demo", stderr=file)
+
+            def ask(_: int) -> int:
+                with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
+                    sock.sendall(requests)
+                    return b"".join(iter(lambda: sock.recv(65536), b"")).count(b"HTTP/1.1 404")
+            self.assertEqual(sum(pool.map(ask, range(60))), 6000)
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE)
+            file.seek(0)
+            self.assertEqual(file.read().count(" GET /health/x - 404 "), 6000)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGTERM for others")
     def test_a_stderr_that_nobody_reads_does_not_hold_up_the_end(self) -> None:
         process = self.log_2000_lines()
         process.send_signal(signal.SIGTERM)
