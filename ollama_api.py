@@ -4822,11 +4822,14 @@ def connect_to(address: Tuple[str, int], *how: Any) -> socket.socket:
     """Connect like socket.create_connection; but of localhost, try IPv4 first: Ollama listens
     there, and on Windows a refusal of ::1 takes two seconds."""
     host, port = address
-    *first, last = ("127.0.0.1", "::1") if host == "localhost" else (host,)
-    for name in first:
-        with contextlib.suppress(ConnectionError):
-            return socket.create_connection((name, port), *how)
-    return socket.create_connection((last, port), *how)
+    first, others = ("127.0.0.1", ["::1"]) if host == "localhost" else (host, [])
+    try:
+        return socket.create_connection((first, port), *how)
+    except ConnectionError:
+        for other in others:
+            with contextlib.suppress(OSError):  # that ::1 is no address here is no help
+                return socket.create_connection((other, port), *how)
+        raise
 
 
 class UpstreamConnection(http.client.HTTPConnection):

@@ -6375,6 +6375,17 @@ class Connecting(ServerCase):
                 self.assertEqual(ollama.get("/api/version"), {"version": "0.32.15"})
             self.assertEqual(tried, ["127.0.0.1", "::1"][:1 + (there == "::1")])
 
+    def test_where_there_is_no_ipv6_a_refusal_of_localhost_is_told_as_one(self) -> None:
+        def connect(address: Tuple[str, int], *_: Any) -> NoReturn:
+            if address[0] == "::1":
+                raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        server = self.serve(ollama="http://localhost:1")
+        with mock.patch("socket.create_connection", connect), \
+                ollama_api.Ollama(server, ollama_api.Client()) as ollama, \
+                self.assertRaisesRegex(ollama_api.APIError, "Connection refused"):
+            ollama.get("/api/version")
+
     def test_a_server_out_of_descriptors_does_not_say_that_ollama_is_away(self) -> None:
         self.ollama.queue(Script())
         for number in (errno.EMFILE, errno.ENFILE):
