@@ -6293,13 +6293,13 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK")
 def serve_until_signal(server: Server) -> None:
     """Serve until one of SIGNALS, then let running requests finish. A second signal ends them.
     In serve_forever the exception would hit a new connection. A long sleep could miss a signal."""
-    drained = threading.Event()
+    ended = threading.Event()
     try:
         threading.Thread(target=LOG.write, daemon=True).start()
         threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True).start()
         for number in SIGNALS[1:]:
             signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
-        kept = when_window_closes(drained)  # noqa: F841
+        kept = when_window_closes(ended)  # noqa: F841
         put("stdout", banner(server))
         while True:
             time.sleep(0.2)
@@ -6308,21 +6308,23 @@ def serve_until_signal(server: Server) -> None:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
     server.drain()
-    drained.set()
+    LOG.finish(1)
+    ended.set()
 
 
-def when_window_closes(drained: threading.Event) -> Any:
-    """On Windows, do as for Ctrl-C when the console's window is closed, or its user logs off, and
-    hold up the end until `drained`, of which Windows allows 5 s. Return what has to be kept."""
+def when_window_closes(ended: threading.Event) -> Any:
+    """On Windows, do as for Ctrl-C when the console's window is closed, or the system shuts down,
+    and hold up the end until `ended`, for which Windows allows 5 s. Return what has to be kept.
+    That some user logs off is told to services only, which stay (Microsoft's HandlerRoutine)."""
     if sys.platform != "win32":
         return None
     import ctypes
 
     def on_event(event: int) -> bool:
-        if event in (2, 5, 6):  # CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
+        if event in (2, 6):  # CTRL_CLOSE_EVENT, CTRL_SHUTDOWN_EVENT
             _thread.interrupt_main()
-            drained.wait()
-        return False
+            ended.wait()
+        return event == 5  # CTRL_LOGOFF_EVENT: else C's handler would take it for Ctrl-Break
 
     handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(on_event)
     ctypes.windll.kernel32.SetConsoleCtrlHandler(handler, True)
@@ -6348,7 +6350,7 @@ def main() -> int:
     if os.name != "nt":
         threading.stack_size(STACK)
     serve_until_signal(server)
-    if not LOG.finish(1):
+    if not LOG.finish(0):
         os._exit(0)  # Python would abort, because a thread still writes to stderr
     return 0
 

@@ -870,7 +870,7 @@ act = sys.argv.pop(1)
 import ollama_api as it
 window = []
 when_window_closes = it.when_window_closes
-it.when_window_closes = lambda drained: window.append(when_window_closes(drained))
+it.when_window_closes = lambda ended: window.append(when_window_closes(ended))
 def wait():
     sys.stdin.readline()
     exec(act)
@@ -9228,8 +9228,10 @@ class Process(ProcessCase):
 
     @unittest.skipUnless(os.name == "nt", "only Windows has Ctrl-Break and windows of a console")
     def test_ctrl_break_and_a_closed_window_let_running_streams_end(self) -> None:
-        # Windows ends a process as soon as its handler of a closed window returns.
-        for act in ("signal.raise_signal(signal.SIGBREAK)", "window[0](2); os._exit(0)"):
+        # Windows ends a process as soon as its handler of a closed window returns. Microsoft's
+        # HandlerRoutine: "CTRL_LOGOFF_EVENT ... is received only by services."
+        for act in ("window[0](5) or os._exit(5); signal.raise_signal(signal.SIGBREAK)",
+                    "window[0](2); os._exit(0)"):
             gate = threading.Event()
             script = Script([content("The"), gate, done()])
             process, stream = self.streaming(
@@ -9242,6 +9244,8 @@ class Process(ProcessCase):
                 gate.set()
                 stream.until(b"[DONE]")
             self.assertEqual(process.wait(PATIENCE), 0)
+            assert process.stderr
+            self.assertIn(" 200 ", process.stderr.read())
 
     def streaming(self, script: Script, **how: Any) -> Tuple[subprocess.Popen[str], Stream]:
         """Start a process, and a stream whose first token has come."""
