@@ -31,7 +31,7 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -343,7 +343,7 @@ class Bench:
                       1e6 * result.cpu / (tokens * clients))
 
     def paced(self, target: Target, clients: int, pace: int, all_rows: bool) -> None:
-        tokens = int(1000 * self.seconds) // pace
+        tokens = max(1, int(1000 * self.seconds) // pace)
         result = load(target, clients, tokens, pace)
         name = f"{clients} streams x {pace} ms"
         rows = [("finished, %", 100 * result.finished / clients),
@@ -372,50 +372,57 @@ def free_port() -> int:
         return int(unused.getsockname()[1])
 
 
-def first_answer(ollama: str) -> Tuple[subprocess.Popen[bytes], Target, float]:
-    """Start the server. Return the process, whom to ask, and seconds until it answered."""
+@contextlib.contextmanager
+def running(command: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program, and end it whatever happens: Popen's own `with` would wait for it."""
+    with subprocess.Popen(command, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def first_answer(ollama: str) -> Iterator[Tuple[Target, float]]:
+    """Start the server. Yield whom to ask, and the seconds until it answered."""
     port, began = free_port(), time.perf_counter()
-    environ = {**os.environ, "OLLAMA_HOST": ollama, "OLLAMA_API_PORT": str(port)}
-    process = subprocess.Popen(COMMAND, cwd=HERE, env=environ, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while refuses("127.0.0.1", port):
-        time.sleep(0.002)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE) as reply:
-        reply.read()
-    return process, Target("chat", port, CHAT, process.pid), time.perf_counter() - began
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("OLLAMA")}
+    environ = {**inherited, "OLLAMA_HOST": ollama, "OLLAMA_API_PORT": str(port)}
+    with running(COMMAND, cwd=HERE, env=environ, stdout=subprocess.DEVNULL,
+                 stderr=subprocess.DEVNULL) as process:
+        while refuses("127.0.0.1", port):
+            assert process.poll() is None, "the server does not start"
+            time.sleep(0.002)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE) as reply:
+            reply.read()
+        yield Target("chat", port, CHAT, process.pid), time.perf_counter() - began
 
 
 def start_up(ollama: str) -> Tuple[float, float]:
     """Return milliseconds from a user's command to the first answer, and megabytes then."""
     times, memory = [], 0.0
     for _ in range(7):
-        process, target, took = first_answer(ollama)
-        times.append(1000 * took)
-        memory = target.memory()
-        process.kill()
-        process.wait()
+        with first_answer(ollama) as (target, took):
+            times.append(1000 * took)
+            memory = target.memory()
     return middle(times), memory
 
 
 def bench(seconds: float) -> int:
     """Print the benchmark's table."""
     ollama_api.allow_many_sockets()
-    with subprocess.Popen([sys.executable, __file__, "--lean-ollama"],
-                          stdout=subprocess.PIPE) as ollama:
+    lean_ollama = (sys.executable, __file__, "--lean-ollama")
+    with running(lean_ollama, stdout=subprocess.PIPE) as ollama:
         assert ollama.stdout
         lean = int(ollama.stdout.readline())
         address = f"127.0.0.1:{lean}"
         took, memory = start_up(address)
-        process, chat, _ = first_answer(address)
-        started = [ollama, process]
-        targets = [Target("direct", lean, API_CHAT), chat,
-                   dataclasses.replace(chat, name="messages", path=MESSAGES),
-                   dataclasses.replace(chat, name="/api/chat", path=API_CHAT)]
-        rounds = Bench(targets, seconds)
-        rounds.run()
-        for each in started:
-            each.kill()
-            each.wait()
+        with first_answer(address) as (chat, _):
+            targets = [Target("direct", lean, API_CHAT), chat,
+                       dataclasses.replace(chat, name="messages", path=MESSAGES),
+                       dataclasses.replace(chat, name="/api/chat", path=API_CHAT)]
+            rounds = Bench(targets, seconds)
+            rounds.run()
     print(f"ollama_api.py {ollama_api.__version__}, Python {platform.python_version()}, "
           f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
           f"{time.strftime('%Y-%m-%d')}\n")
