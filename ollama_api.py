@@ -1511,11 +1511,10 @@ CHAT_PARTS: PartReaders = {
 
 
 def chat_request(body: Body) -> ChatQuestion:
-    body.need("messages", list)
-    fields = list(body.each("messages"))
-    speakers = {turn.get("name", str) for turn in fields
-                if turn.value.get("role") == "user"} - {None, ""}
-    turns = [chat_turn(turn, len(speakers) > 1) for turn in fields]
+    names = [turn.get("name") for turn in body.need("messages", list)
+             if isinstance(turn, dict) and turn.get("role") == "user"]
+    speakers = {name for name in names if name and isinstance(name, str)}
+    turns = [chat_turn(turn, len(speakers) > 1) for turn in body.each("messages")]
     if not turns:
         raise body.at("messages").invalid(EMPTY)
     system = message_of("system", openai_parts(body, "system", "system", CHAT_PARTS))
