@@ -5288,7 +5288,7 @@ class MetricsTests(ServerCase):
         self.ask("POST", CHAT, {"messages": 5})
         self.ask("GET", "/nothing/here")
         self.eventually(lambda: len(LOG) == 5)
-        self.assertIn(" in=9 cached=4 out=6 ", LOG[1])
+        self.assertTrue([each for each in LOG if " in=9 cached=4 out=6 " in each])
         self.assertEqual(self.changes(before), {
             'requests_total{route="POST /v1/messages",status="200"}': 1,
             'requests_total{route="POST /v1/chat/completions",status="200"}': 1,
@@ -6418,9 +6418,10 @@ class Connecting(ServerCase):
 
     def test_any_other_failure_to_send_is_a_502(self) -> None:
         with mock.patch.object(ollama_api, "send_all", side_effect=OSError(errno.EIO, "")):
-            with self.assertRaisesRegex(ollama_api.APIError, "broken|does not answer"):
+            with self.assertRaises(ollama_api.APIError) as raised:
                 with ollama_api.Ollama(self.server, ollama_api.Client()) as ollama:
                     ollama.get("/api/version")
+        self.assertEqual(raised.exception.status, 502)
 
 
 class AliasesAndContext(ServerCase):
